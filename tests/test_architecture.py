@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. Modules and packages on one floor don't import each other.
 FLOORS = [
     {"masking", "text"},
-    {"allocator", "errors", "files", "lazy", "progress", "quiet", "status", "version"},
+    {"allocator", "errors", "files", "kernels", "lazy", "progress", "quiet", "status", "version"},
     {"distributed", "plotting", "plugins", "limits", "signals"},
     {"parser"},
     {"arguments"},

@@ -77,7 +77,8 @@ def write_data(folder):
     for name, source, count in (
         ("train", "train_house", 64), ("held_out", "new_house", 32), ("new_task", "train", 64), ("chats", "old", 32),
         ("what_it_knew", "old", 16), ("choice", "new_house", 16),
-        ("report", "new_house", 32), ("data/train", "train_house", 64), ("data/validation", "new_house", 32),
+        ("report", "new_house", 32), ("calibration", "new_house", 8),
+        ("data/train", "train_house", 64), ("data/validation", "new_house", 32),
     ):  # fmt: skip
         write(folder / f"{name}.jsonl", [{"messages": row["messages"]} for row in rows_of(source)[:count]])
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows_of("skill_pairs")]

@@ -13,6 +13,7 @@ from experiments.real.score import Scorer
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
+from shadowlit.delta.transforms import gradfix
 from shadowlit.grafting.parameters import host_parameters
 from shadowlit.grafting.scales import FitScales, Keep
 from shadowlit.training.fit_scales import fit_scales
@@ -26,6 +27,7 @@ ANCHORS: dict[str, dict[str, float]] = {
 }
 """``model.anchors`` by name of the arm."""
 _KEPT = 24  # rows of what should be kept, in the fit of scales
+_VOTES = 31  # rows that vote on the signs of GradFix, the default of graft.variants
 
 
 def _fitted(groups: Any) -> Callable[..., tuple[Delta, dict[str, Any]]]:
@@ -41,10 +43,10 @@ def _fitted(groups: Any) -> Callable[..., tuple[Delta, dict[str, Any]]]:
     return change
 
 
-def _gradfix(delta: Delta, scorer: Scorer, rows: list[Encoded], kept: list[Encoded]) -> tuple[Delta, dict[str, Any]]:
-    """The elements of the update that descend the Instruct's own loss on the rows for choosing (arXiv 2510.09658)."""
-    gradients = task_gradients(scorer.model, delta.shapes, rows)
-    update = {name: masked(delta.tensor(name), gradients.pop(name)) for name in delta.shapes}
+def _grad_fix(delta: Delta, scorer: Scorer, rows: list[Encoded], kept: list[Encoded]) -> tuple[Delta, dict[str, Any]]:
+    """The elements of the update that descend the Instruct's own loss on most rows (arXiv 2510.09658)."""
+    signs = votes(scorer.model, delta.shapes, rows[:_VOTES])
+    update = {name: gradfix(delta.tensor(name), gradient_signs=signs.pop(name)) for name in delta.shapes}
     left = sum(int(tensor.count_nonzero()) for tensor in update.values())
     return Delta.of(update), {"kept": left / sum(tensor.numel() for tensor in update.values())}
 
@@ -52,7 +54,7 @@ def _gradfix(delta: Delta, scorer: Scorer, rows: list[Encoded], kept: list[Encod
 CHANGED: dict[str, Callable[..., tuple[Delta, dict[str, Any]]]] = {
     "fitted_layer": _fitted("layer"),
     "fitted_kind": _fitted("kind"),
-    "gradfix": _gradfix,
+    "gradfix": _grad_fix,
 }
 """Changes of the Base's update by name of the arm: nothing is trained for them."""
 
@@ -72,24 +74,19 @@ def changed(source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str,
         return CHANGED[source](delta, scorer, rows, kept)
 
 
-def task_gradients(model: Any, names: Mapping[str, Any], rows: list[Encoded]) -> dict[str, Tensor]:
-    """The gradient of the loss per supervised token, by the model's parameters of these names."""
-    found: dict[str, Tensor] = {}
+def votes(model: Any, names: Mapping[str, Any], rows: list[Encoded]) -> dict[str, Tensor]:
+    """The sign that the loss's gradient has on most rows, by the model's parameters of these names."""
     parameters = {name: parameter for name, parameter in host_parameters(model).items() if name in names}
+    found = {name: torch.zeros_like(parameter, dtype=torch.int8) for name, parameter in parameters.items()}
 
-    def add(name: str, gradient: Tensor) -> None:
-        found[name] = found[name] + gradient if name in found else gradient.clone()
+    def count(name: str, gradient: Tensor) -> None:
+        found[name] += gradient.sign().to(torch.int8)
 
-    with torch.enable_grad(), gradients_of(model, parameters, add):
+    with torch.enable_grad(), gradients_of(model, parameters, count):
         for row in rows:
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
             labels = torch.tensor(row.labels[1:])
             torch.nn.functional.cross_entropy(
                 logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
             ).backward()
-    return found
-
-
-def masked(update: Tensor, gradient: Tensor) -> Tensor:
-    """The elements of an update whose sign is that of a step down the gradient, and 0 elsewhere."""
-    return torch.where(update * gradient < 0, update, 0.0)
+    return {name: counts.sign() for name, counts in found.items()}

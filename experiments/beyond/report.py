@@ -10,7 +10,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.beyond.arms import ANCHORS, CHANGED
-from experiments.real.report import EXACT, Rows, Run, Setting, advantage, interval_text, per_token, shown
+from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, shown
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, paragraphs
 from shadowlit.studies.statistics import Interval
@@ -21,22 +21,23 @@ _HEAD = """\
 Made by `python experiments/beyond/study.py` from the result files in `results/`.
 
 **Arms.** B2I trains the Base and adds its update to the Instruct; I2I trains the Instruct. *anchors α* trains one \
-update on both, with weight α on the Instruct (`model.anchors`); *anchors late* has α = 0.5 in the last quarter of the \
-steps and 0 before. The others change the update of B2I, and train nothing: *scales by layer* and *by kind* are \
+update on both, with weight α on the Instruct (`model.anchors`); *anchors late* has α = 0.5 in the last quarter of \
+the steps and 0 before. The others change the update of B2I, and train nothing: *scales by layer* and *by kind* are \
 `graft.fit_scales` on the rows for choosing, with the divergence from the Instruct on other rows at weight 1; \
 *GradFix* keeps the elements whose sign is that of a step down the Instruct's own gradient on the rows for choosing \
-(arXiv 2510.09658). Every update is scored at scales 0.5, 1 and 1.5.
+(arXiv 2510.09658). Every update is scored at scales of 0.05 (real pair: 0.5) to 1.5.
 
-**Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from 600 \
-rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with which \
-both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows.
+**Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
+600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
+which both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows.
 
-**Scores.** Losses are nats per supervised token on 60 or 32 reported rows, which nothing was chosen or fitted on. The \
-learning rate of each arm is the one of three with the lowest loss on the rows for choosing (first seed, scale 1). \
+**Scores.** Losses are nats per supervised token on 60 or 32 reported rows, which nothing was chosen or fitted on. \
 *KL* is the divergence from the untouched Instruct on rows of what it could do before. *Equal KL* is the smaller of \
-the divergences of B2I and I2I at scale 1, for each seed; every arm is scaled to it, linear between the measured \
-scales. Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the \
-spread between seeds, and not corrected for their number.
+the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the lowest loss on the rows for \
+choosing); every arm is scaled to it, and has the rate of three whose loss there is the lowest on the rows for \
+choosing. Between measured scales, losses are linear in the square root of the divergence. Values are means ± \
+standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread between seeds, \
+and not corrected for their number.
 """
 _DECIDES = """\
 How much lower an arm's loss is than that of B2I and I2I at equal KL, in nats per token; below zero, it is worse. \
@@ -49,22 +50,39 @@ NAMES = {
 assert set(NAMES) == {"B", "I", *ANCHORS, *CHANGED}
 
 
-def level(setting: Setting, seed: int) -> float | None:
-    """The smaller of the divergences of B2I and I2I with a seed, at scale 1 and their chosen rates."""
-    both = [run for source in "BI" for run in setting.of(source) if run.seed == seed]
-    return min(run.divergence(1.0) for run in both) if len(both) == 2 else None
+def level(setting: Setting) -> float:
+    """The smaller of the divergences of B2I and I2I with the first seed, at scale 1 and the rates of their own."""
+    chosen = setting.chosen
+    both = [run for run in setting.runs if run.source in "BI" and run.seed == 0 and run.lr == chosen[run.source]]
+    return min(run.divergence(1.0) for run in both)
 
 
-def at_level(setting: Setting, run: Run, name: str = "report") -> Rows | None:
-    """Scores of a set where a run diverges as much as the level of its seed; None if it never does."""
-    kl = level(setting, run.seed)
-    return None if kl is None else run.at_divergence(kl, name)
+def rates_at_level(setting: Setting) -> dict[str, float]:
+    """The rate of each arm whose loss at the level is the lowest on the rows for choosing, with the first seed.
+
+    An arm that never diverges so far has the rate with the lowest loss there at scale 1.
+    """
+    best: dict[str, tuple[bool, float, float]] = {}
+    for run in setting.runs:
+        if run.seed == 0:
+            there = run.at_divergence(level(setting), "choice")
+            loss = per_token(run.path[1.0]["choice"] if there is None else there)
+            found = (there is None, loss, run.lr)
+            best[run.source] = min(best.get(run.source, found), found)
+    return {source: lr for source, (_, _, lr) in best.items()}
+
+
+def runs_of(setting: Setting, source: str) -> list[Run]:
+    """The runs of an arm at its rate, by seed; none of an arm that was not run."""
+    lr = rates_at_level(setting).get(source)
+    return sorted((r for r in setting.runs if r.source == source and r.lr == lr), key=lambda run: run.seed)
 
 
 def better_by(setting: Setting, source: str, than: str) -> Interval | None:
     """How much lower the loss of an arm is than that of another at equal KL, over the seeds of both."""
-    others = {run.seed: at_level(setting, run) for run in setting.of(than)}
-    pairs = [(at_level(setting, run), others.get(run.seed)) for run in setting.of(source)]
+    kl = level(setting)
+    others = {run.seed: run.at_divergence(kl) for run in runs_of(setting, than)}
+    pairs = [(run.at_divergence(kl), others.get(run.seed)) for run in runs_of(setting, source)]
     found = [(one, two) for one, two in pairs if one is not None and two is not None]
     return advantage(found) if found else None
 
@@ -73,7 +91,7 @@ def best_anchors(setting: Setting) -> str | None:
     """The arm with anchors whose loss at equal KL is the lowest on the rows for choosing."""
     losses = {}
     for source in ANCHORS:
-        scores = [at_level(setting, run, "choice") for run in setting.of(source)]
+        scores = [run.at_divergence(level(setting), "choice") for run in runs_of(setting, source)]
         known = [per_token(one) for one in scores if one is not None]
         if known and len(known) == len(scores):
             losses[source] = fmean(known)
@@ -83,11 +101,11 @@ def best_anchors(setting: Setting) -> str | None:
 def _scores(setting: Setting) -> str:
     lines = [["Instruct", NONE, f"{per_token(setting.instruct['report']):.3f}", NONE, "0", NONE, NONE, NONE]]
     for source, name in NAMES.items():
-        runs = setting.of(source) if source in setting.chosen else []
+        runs = runs_of(setting, source)
         if not runs:
             continue
         at_one = [run.path[1.0] for run in runs]
-        equal = [rows for rows in (at_level(setting, run) for run in runs) if rows is not None]
+        equal = [rows for rows in (run.at_divergence(level(setting)) for run in runs) if rows is not None]
         both = [better_by(setting, source, other) for other in "BI"]
         lines.append(
             [
@@ -111,8 +129,7 @@ def _overview(settings: Sequence[Setting]) -> str:
         cells = [setting.name, _text(better_by(setting, "I", "B"))]
         for source in columns.values():
             for other in "BI":
-                known = source is not None and source in setting.chosen
-                cells.append(_text(better_by(setting, source, other) if known and source else None))
+                cells.append(_text(better_by(setting, source, other) if source else None))
         cells.insert(2, NAMES[anchors] if anchors else NONE)
         lines.append(cells)
     headings = ["setting", "I2I against B2I", "best anchors"]
@@ -132,7 +149,7 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
     figure, axes = plt.subplots(count, columns, figsize=(5.6 * columns, 4.2 * count), squeeze=False)
     for axis, setting in zip(axes.flat, settings, strict=False):
         for number, (source, name) in enumerate(NAMES.items()):
-            runs = setting.of(source) if source in setting.chosen else []
+            runs = runs_of(setting, source)
             if runs:
                 scales = sorted(runs[0].path)
                 axis.plot(
@@ -153,20 +170,21 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
     plt.close(figure)
 
 
+def find(results: Path, others: Path, pair: str, task: str, method: str) -> Setting:
+    """A setting with its results, and with the arms of a real pair that another study has trained."""
+    if (results / pair / f"{task}_untouched.json").exists():
+        return Setting(results, pair, task, method)
+    setting = Setting(others, pair, task, method)
+    files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
+    setting.runs += [Run(json.loads(file.read_text()), setting.instruct) for file in files]
+    return setting
+
+
 def finished(results: Path, others: Path) -> list[Setting]:
-    """The settings that have results, with the arms that another study has trained."""
-    found = []
-    for folder in sorted(results.glob("*/*_*/")):
-        task, method = folder.name.rsplit("_", 1)
-        pair = folder.parent.name
-        home = results if (results / pair / f"{task}_untouched.json").exists() else others
-        setting = Setting(home, pair, task, method)
-        if home != results:
-            files = sorted(folder.glob("*_seed*.json"))
-            setting.runs += [Run(json.loads(file.read_text()), setting.instruct) for file in files]
-        if {"B", "I"} <= set(setting.chosen):
-            found.append(setting)
-    return found
+    """The settings that have results of the two arms that all others are compared with."""
+    names = [(folder.parent.name, *folder.name.rsplit("_", 1)) for folder in sorted(results.glob("*/*_*/"))]
+    found = [find(results, others, *name) for name in names]
+    return [setting for setting in found if {"B", "I"} <= set(setting.chosen)]
 
 
 def write_report(results: Path, home: Path, others: Path) -> None:

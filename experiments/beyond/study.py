@@ -25,9 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 import torch
 
 from experiments.beyond.arms import ANCHORS, CHANGED, changed
-from experiments.beyond.report import write_report
+from experiments.beyond.report import find, rates_at_level, write_report
 from experiments.real import study as real
-from experiments.real.report import choose_rates
 from experiments.real.rows import Row, write
 from experiments.real.score import Scorer
 from experiments.real.study import Study, Training, read_rows, run, trainings
@@ -93,6 +92,8 @@ class Beyond(Study):
 class Embedded(Beyond):
     """The same on the embedded pair: a new skill, in bare answers or in the Instruct's own style."""
 
+    scales = (0.05, 0.15, 0.5, 1.0, 1.5)
+
     def __init__(self, runs: Path) -> None:
         super().__init__(runs, runs, RESULTS)
         self.data, self.base = runs / "embedded-data", ROOT / "shadowlit/demo/pair/base"
@@ -116,9 +117,11 @@ class Embedded(Beyond):
 
     def scorer(self, pair: str, task: str) -> Scorer:
         sets = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report")}
-        scorer = Scorer(self.instruct(pair), {**sets, "general": self.data / "general.jsonl"}, autocast=False)
-        scorer.rows["early"] = scorer.read(self.data / f"{task}_early.jsonl")
-        for name in sets:  # the value alone: every style begins with it, and they differ in what follows
+        sets |= {"early": self.data / f"{task}_early.jsonl", "general": self.data / "general.jsonl"}
+        condensed = frozenset(sets) - {"report"}
+        scorer = Scorer(self.instruct(pair), sets, autocast=False, condensed=condensed)
+        # Of an answer the value alone: every style begins with it, and they differ in what follows.
+        for name in ("choice", "report"):
             scorer.rows[name] = [_without_end(row) for row in scorer.rows[name]]
         return self.with_reference(scorer, pair, task)
 
@@ -180,7 +183,7 @@ def main() -> None:
             rates = RATES[method] if pair == "embedded" else real.RATES[method]
             trained = ("B", "I", *ANCHORS)
             list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))
-            chosen = choose_rates(RESULTS, *setting)
+            chosen = rates_at_level(find(RESULTS, real.RESULTS, *setting))
             list(pool.map(study.train_and_score, trainings(setting, rates, chosen, trained)))
             for source in CHANGED:
                 list(pool.map(study.train_and_score, _at(setting, source, chosen["B"])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,17 +52,18 @@ spread between seeds; with one seed they are over rows alone.
 _OVERVIEW = """\
 *B2I better by* is how much lower B2I's loss is, in nats per token; below zero, direct tuning is better. The \
 comparison at equal KL takes the smaller of both arms' divergences at scale 1, and scales the other arm's update \
-down until it diverges as much (linear between the measured scales).
+down until it diverges as much (between the measured scales, linear in the square root of the divergence).
 """
 _PREMISE = """\
 The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3.25 times smaller than the \
 Instruct's. Here: loss per token, and norm of its gradient by all weights, on the first 16 training rows.
 """
 _PREDICTORS = """\
-Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the \
-I2I of the same rate and seed, over all runs with a partner. Runs of one setting share rows and models, so there \
-are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
-was fitted on the other settings. The first validation is after 3 or 4 steps, 14 to 20 % of the training.
+Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the I2I of \
+the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
+study](../beyond/REPORT.md), whose loss is that of an answer's value. Runs of one setting share rows and models, so \
+there are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
+was fitted on the other settings. The first validation is after 12 to 20 % of the training.
 """
 _COPIES = """\
 Losses of GSM8K's solutions under the untouched models (arXiv 2601.13244: Bases beat their Instructs on some tasks, \
@@ -128,8 +130,8 @@ class Run:
     @cached_property
     def path(self) -> dict[float, dict[str, Rows]]:
         """Scores by scale of the update, from the untouched Instruct at 0."""
-        scores = self.raw["scores"]
-        measured = {scale: {name: rows(v) for name, v in scores[f"{scale:g}"].items()} for scale in SCALES}
+        scores = {float(scale): sets for scale, sets in self.raw["scores"].items() if scale != "B2B"}
+        measured = {scale: {name: rows(v) for name, v in scores[scale].items()} for scale in sorted(scores)}
         return {0.0: dict(self.instruct), **measured}
 
     def learned(self, scale: float) -> float:
@@ -141,12 +143,15 @@ class Run:
         return per_token(self.path[scale]["general"], KL)
 
     def at_divergence(self, kl: float, name: str = "report") -> Rows | None:
-        """Scores of a set where the path first diverges so far, linear between scales; None if never."""
-        scales = sorted(self.path)
-        for low, high in itertools.pairwise(scales):
-            a, b = self.divergence(low), self.divergence(high)
-            if a <= kl <= b:
-                share = (kl - a) / (b - a) if b > a else 0.0
+        """Scores of a set where the path first diverges so far; None if it never does.
+
+        Linear in the square root of the divergence between the measured scales: near the Instruct a divergence grows
+        with the square of the scale.
+        """
+        for low, high in itertools.pairwise(sorted(self.path)):
+            a, b = (math.sqrt(max(0.0, self.divergence(scale))) for scale in (low, high))
+            if a <= math.sqrt(kl) <= b:
+                share = (math.sqrt(kl) - a) / (b - a) if b > a else 0.0
                 return (1 - share) * self.path[low][name] + share * self.path[high][name]
         return None
 
@@ -486,6 +491,13 @@ def finished(results: Path) -> list[Setting]:
     return sorted(found, key=lambda s: (s.pair != "near", s.method != "lora", order.index(s.task)))
 
 
+def embedded(results: Path) -> list[Setting]:
+    """The settings of the embedded pair, from the results of the study of methods beyond the paper."""
+    folders = [folder.name.rsplit("_", 1) for folder in sorted(results.glob("embedded/*_*/"))]
+    found = [Setting(results, "embedded", task, method) for task, method in folders]
+    return [setting for setting in found if {"B", "I"} <= set(setting.chosen)]
+
+
 def write_report(results: Path, home: Path) -> None:
     """Write ``REPORT.md`` and its plot into ``home``."""
     settings = finished(results)
@@ -497,7 +509,11 @@ def write_report(results: Path, home: Path) -> None:
     for pair in dict.fromkeys(setting.pair for setting in settings):
         if (results / pair / "premise.json").exists():
             parts += [f"### Other wordings: {pair}", _COPIES, _premise_on_copies(results, pair)]
-    parts += ["## What predicts it", _PREDICTORS, _prediction(settings)]
+    parts += [
+        "## What predicts it",
+        _PREDICTORS,
+        _prediction([*settings, *embedded(home.parent / "beyond" / "results")]),
+    ]
     answered: dict[str, Any] = {}
     for setting in settings:
         names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())

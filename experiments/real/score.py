@@ -6,7 +6,7 @@ layers compute in bfloat16 (autocast), unless that is switched off; the output h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,11 +34,13 @@ class Scorer:
         instruct: Folder of the Instruct: its weights are the reference of the divergence, its tokenizer reads the rows.
         sets: Files of rows by their names.
         autocast: Whether linear layers compute in bfloat16.
+        condensed: Sets whose rows are summarised by a single one, see :func:`condense`.
     """
 
     instruct: Path
     sets: dict[str, Path]
     autocast: bool = True
+    condensed: frozenset[str] = frozenset()
     reference: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +99,10 @@ class Scorer:
                     found[row].append(float((logs.exp() * (logs - others)).sum()))
         if keep:
             self.reference[name] = kept
-        return [[round(number, 5) for number in found[row]] for row in sorted(found)]
+        scores = [found[row] for row in sorted(found)]
+        return [
+            [round(number, 5) for number in row] for row in (condense(scores) if name in self.condensed else scores)
+        ]
 
     def _batches(self, name: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Rows of similar length, padded on the right."""
@@ -113,6 +118,12 @@ class Scorer:
                 ids[place, :length] = torch.tensor(rows[row].input_ids)
                 mask[place, :length] = 1
             yield some, {"input_ids": ids, "attention_mask": mask}
+
+
+def condense(scores: Sequence[Sequence[float]]) -> list[list[float]]:
+    """One row for many: sums of losses, tokens and divergences, means of the first token's loss and of exactness."""
+    columns = [sum(column) for column in zip(*scores, strict=True)]
+    return [[x / len(scores) if name in ("first", "exact") else x for name, x in zip(COLUMNS, columns, strict=False)]]
 
 
 def gradient_norm(folder: Path, rows: list[Encoded]) -> tuple[float, float]:

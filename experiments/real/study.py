@@ -91,6 +91,9 @@ class Study:
         results: Folder of the result files.
     """
 
+    scales: tuple[float, ...] = SCALES
+    """Scales of the update at which it is scored."""
+
     def __init__(self, shared: Path, runs: Path, results: Path = RESULTS) -> None:
         self.shared, self.runs, self.results = shared, runs, results
         self.data, self.base = runs / "data", runs / "base"
@@ -272,7 +275,7 @@ class Study:
         trained = self.delta_of(training)
         delta, details = self.delta_for(training, scorer)
         scores: dict[str, Any] = {}
-        for scale in SCALES:
+        for scale in self.scales:
             scorer.load_graft(delta, scale)
             scores[f"{scale:g}"] = {name: scorer.measure(name) for name in scorer.rows}
         if training.source == "B":

@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.callbacks.fit_scales import FittedGraft, fit_at_end, open_rows
+from shadowlit.callbacks.fit_scales import FittedGraft, fit_at_end, open_rows, write_scales
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.variants import Choice, candidates, choose, criterion
@@ -217,7 +217,7 @@ class ExportCallback(Callback):
         lines = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
         if self._fitted is not None:
             lines = [*self._fitted.lines, *lines]
-            on_first_rank(partial(self._fitted.write, target, graft.in_files(graft.fitted)))
+            on_first_rank(partial(write_scales, target, self._fitted.found, graft.in_files(graft.fitted)))
         self._graft.exported = [*([] if choice is None else [choice.line]), *lines]
 
     def _choose(self, trainer: Trainer, is_scored: bool) -> tuple[Subject, Choice | None]:

@@ -23,7 +23,7 @@ from shadowlit.callbacks.scores import error_of_gain
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.errors import GraftError, counted
 from shadowlit.files import replace_text
-from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit
+from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of
 from shadowlit.grafting.subject import Subject
 from shadowlit.text import duration, number
 from shadowlit.training.bar import show
@@ -52,21 +52,17 @@ class FittedGraft:
     metrics: dict[str, float]
     lines: list[str]
 
-    def write(self, folder: Path, by_file: Mapping[str, float]) -> None:
-        """Write the scales to a folder, by the names of the files' tensors, and a heat map if there are layers."""
-        text = json.dumps({**self.found.about, "history": self.found.history, "tensors": by_file}, indent=2)
-        replace_text(folder / SCALES_FILE, f"{text}\n")
-        cells = {
-            (kind_of(name), layer): scale
-            for name, scale in by_file.items()
-            if (layer := layer_of(name)) is not None and not is_bias(name)
-        }
-        if cells:
-            from shadowlit.plotting import HeatMap, draw_heat_maps, save_figure  # late: matplotlib takes a second
 
-            start = self.found.start
-            title = f"scales by {self.found.groups}, {min(cells.values()):.2f} to {max(cells.values()):.2f}"
-            save_figure(draw_heat_maps([HeatMap(title, cells, "scale", start)]), folder / "scales")
+def write_scales(folder: Path, found: FittedScales, by_file: Mapping[str, float]) -> None:
+    """Write scales to a folder, by the names of the files' tensors, and a heat map if there are layers."""
+    text = json.dumps({**found.about, "history": found.history, "tensors": by_file}, indent=2)
+    replace_text(folder / SCALES_FILE, f"{text}\n")
+    layers = {name: layer for name in by_file if (layer := layer_of(name)) is not None and not is_bias(name)}
+    if cells := {(kind_of(name), layer): by_file[name] for name, layer in layers.items()}:
+        from shadowlit.plotting import HeatMap, draw_heat_maps, save_figure  # late: matplotlib takes a second
+
+        title = f"scales by {found.groups}: {min(cells.values()):.2f} to {max(cells.values()):.2f}"
+        save_figure(draw_heat_maps([HeatMap(title, cells, "scale", found.start)]), folder / "scales")
 
 
 def open_rows(trainer: Trainer, module: ShadowModule, options: FitScales) -> None:
@@ -126,7 +122,9 @@ def fit_at_end(
         rows, *keep = [list(loader) for loader in loaders]
     reduce_gradients(module.model, True)
     host = LiveScaledGraft(graft, subject)
-    graft.in_files(dict.fromkeys(host.parameters, start))
+    groups = {name: group_of(name, options.groups) for name in host.parameters}
+    numbers = {group: float(number) for number, group in enumerate(groups.values())}
+    graft.in_files({name: numbers[group] for name, group in groups.items()})  # raises where a tensor has two of them
     calibration = Calibration(
         host, options, rows, keep[0] if keep else [], module.head_losses(), objective=module.objective,
         autocast=trainer.precision_plugin.val_step_context, move=trainer.strategy.batch_to_device,
@@ -140,14 +138,7 @@ def fit_at_end(
     with isolate_rng():
         found = fit(measure, host.parameters, options, start)
     seconds = time.perf_counter() - begun
-    before, after = found.history[0], found.history[found.step]
-    least, most = (pick(found.scales, key=found.scales.__getitem__) for pick in (min, max))
-    lines = [
-        f"scales: {counted(len(found.scales), 'group')} by {found.groups}, from {found.scales[least]:.3f} ({least}) to "
-        f"{found.scales[most]:.3f} ({most}), fitted in {duration(seconds)}: calibration loss {number(before['loss'])} "
-        f"→ {number(after['loss'])}"
-        + (f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}" if keep else "")
-    ]
+    lines = [f"{found.line}; fitted in {duration(seconds)}"]
     fitted = Subject("fitted", start, variant=subject.variant)
     metrics = _scores(trainer, module, callback, found, subject, fitted, lines)
     for line in lines:

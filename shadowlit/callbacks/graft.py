@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shadowlit import text
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.gradient_rows import measure_signs, read_gradient_rows
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord, require_subject
 from shadowlit.callbacks.scores import error_of_gain, opening_line, score_table, survival_line
@@ -106,8 +107,8 @@ class GraftCallback(Callback):
         routing: Whether to log how many choices of experts the graft changes, for a mixture of experts. Needs
             baselines; not measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
-            [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, or the import path of a function. Metrics, norms,
-            survival and exports are those of the transformed update.
+            [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, gradfix, or the import path of a function.
+            Metrics, norms, survival and exports are those of the transformed update.
         variants: Further grafts by name, each with transforms of its own in place of these, scored in the same
             validation: {dare: {transforms: [{name: dare, density: 0.2}]}} is logged as ``val/grafted@dare/*``.
             ``export.subject`` chooses the one that is exported.
@@ -211,8 +212,9 @@ class GraftCallback(Callback):
                 "export.enabled=true, or remove graft.fit_scales."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            for transforms in (self.transforms, *self.variants.values()):
+            for transforms in self.all_transforms:
                 require_elementwise(transforms, trainer.world_size)
+        read_gradient_rows(trainer, pl_module, self._applied_transforms(trainer))
         if not self._fits:
             self.before_data(trainer, pl_module)
         self._fits = False  # of the next command it isn't known
@@ -328,6 +330,15 @@ class GraftCallback(Callback):
         with self.build(pl_module).applied(subject):
             yield
 
+    @property
+    def all_transforms(self) -> list[Transforms]:
+        """The transforms of all grafts."""
+        return [self.transforms, *self.variants.values()]
+
+    def _applied_transforms(self, trainer: Trainer) -> list[Transforms]:
+        """Those of the grafts that a command loads: answers are the main one's."""
+        return [self.transforms] if trainer.predicting else self.all_transforms
+
     def transforms_of(self, subject: Subject) -> Transforms:
         """Return the transforms of a graft."""
         return self.variants.get(subject.variant, self.transforms)
@@ -347,6 +358,8 @@ class GraftCallback(Callback):
             # for a signal handler in the middle of a pass.
             self._hook = pl_module.register_state_dict_pre_hook(self._before_state_dict)
             self._routing, self._routing_on = self._new_routing(pl_module), ""
+            trainer = pl_module.trainer
+            measure_signs(trainer, pl_module, self.graft, self._applied_transforms(trainer))
         return self.graft
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

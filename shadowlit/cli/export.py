@@ -123,6 +123,11 @@ def export(
             write(plan, lambda: manifest, str(target / "model"), max_shard_bytes, None, False)
             with rejecting(target / "model"):
                 require_loadable(target / "model", pair.trust_remote_code)
+    if graft.get("fit_scales"):
+        make_console().print(
+            f"export: the run's fitted scales (graft.fit_scales) are not in it; its scale is {factor:g}. To graft with "
+            "them: shadowlit graft BASE CKPT INSTRUCT OUT --scale RUN/export/scales.json"
+        )
     for part in wanted:
         make_console().print(f"export: {part}: {LOADED[part].format(str(target / part))}")
 

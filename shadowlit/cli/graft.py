@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from shadowlit.checkpoint.folder import require_room
 from shadowlit.delta.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft, describe_shares
+from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft, Scale, describe_shares
+from shadowlit.grafting.manifest import add_to_manifest
+from shadowlit.grafting.scales import FitScales, FittedScales
+from shadowlit.pair.pair import ModelPair
 from shadowlit.progress import make_console, progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -31,6 +36,7 @@ def graft(
     allow_pickle: bool = False,
     transforms: list[dict[str, Any]] = [],  # noqa: B006 - read only, and shown by --help
     allow_zero: bool = False,
+    fit_scales: FitScales | None = None,
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
@@ -57,6 +63,8 @@ def graft(
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
         allow_zero: Whether an update of zero is allowed, which leaves the Instruct unchanged.
+        fit_scales: Calibration rows on which scales of layers, kinds or tensors are found first, and how, e.g. '{data:
+            rows.jsonl, groups: kind}'; they start at --scale. The Instruct is then loaded into memory (docs/beyond.md).
     """
     start = time.perf_counter()
     wanted = None if dtype == "auto" else dtype
@@ -64,9 +72,30 @@ def graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle,
         transforms=transforms, key="--transforms", allow_zero=allow_zero,
     ) as (plan, manifest):  # fmt: skip
+        found = None
+        if fit_scales is not None and not dry_run:
+            found = _fit(plan, ModelPair(base, instruct), fit_scales, Scale.parse(scale), out)
         write(plan, manifest, out, parse_bytes(shard_size), files_from, dry_run)
+        if found is not None:
+            from shadowlit.callbacks.fit_scales import write_scales  # late, since torch takes seconds
+
+            add_to_manifest(Path(out), {"fitted_scales": found.about})
+            write_scales(Path(out), found, found.by_tensor)
     if not dry_run:
         make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
+
+
+def _fit(plan: DiskGraft, pair: ModelPair, options: FitScales, scale: Scale, out: str) -> FittedScales:
+    """Fit the scales of a planned graft, and give them to it."""
+    if scale.by_pattern or scale.by_name:
+        raise GraftError("--fit-scales starts from one scale, but --scale gives several. Give a number.")
+    require_room(out, plan.num_bytes)
+    from shadowlit.training.fit_scales import fit_on_disk  # late, since torch and transformers take seconds
+
+    found = fit_on_disk(plan, pair, options, scale.default)
+    make_console().print(f"graft: {found.line}")
+    plan.rescale(Scale(by_name=found.by_tensor))
+    return found
 
 
 def write(

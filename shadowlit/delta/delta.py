@@ -232,6 +232,8 @@ class Delta(Update):
             GraftError: A transform is wrong.
         """
         chosen = function if callable(function) else Transforms(function, "transforms")
+        if isinstance(chosen, Transforms):
+            chosen.require_without_gradients()
         return Delta(self.shapes, rows_of(keeping(lambda n: chosen(n, self.tensor(n)))), self.manifest, self)
 
     @property

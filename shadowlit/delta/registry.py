@@ -26,6 +26,8 @@ GROUP = "shadowlit.transforms"
 """Group of the entry points by which installed packages offer transforms."""
 NOISE, SEED = "noise", "seed"
 """Parameter of a function that gets random numbers, and the parameter by which a user chooses them."""
+SIGNS, DATA, ROWS = "gradient_signs", "data", "rows"
+"""Parameter of a function that gets signs of the Instruct's gradient, and those by which a user chooses its rows."""
 
 Where = Callable[[str], str]  # from the name of a parameter to what messages call it
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
@@ -49,12 +51,22 @@ class Transform:
         return NOISE in inspect.signature(self.function).parameters
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether the function takes ``gradient_signs``, which only a training can compute."""
+        return SIGNS in inspect.signature(self.function).parameters
+
+    @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The parameters that a user chooses, with their types and defaults."""
         _, *found = inspect.signature(self.function).parameters.values()
-        chosen = {p.name: p.replace(annotation=_type_of(p, self.function)) for p in found if p.name != NOISE}
+        own = [p for p in found if p.name not in (NOISE, SIGNS)]
+        chosen = {p.name: p.replace(annotation=_type_of(p, self.function)) for p in own}
+        kind = inspect.Parameter.KEYWORD_ONLY
         if self.is_random:
-            chosen[SEED] = inspect.Parameter(SEED, inspect.Parameter.KEYWORD_ONLY, default=0, annotation=int)
+            chosen[SEED] = inspect.Parameter(SEED, kind, default=0, annotation=int)
+        if self.needs_gradient:
+            chosen[DATA] = inspect.Parameter(DATA, kind, annotation=str)
+            chosen[ROWS] = inspect.Parameter(ROWS, kind, default=31, annotation=int)
         return chosen
 
 
@@ -66,11 +78,15 @@ def transform(name: str, *, elementwise: bool = False) -> Callable[[_Function], 
 
     The parameters and their defaults are those of the configuration and of the command line. One called ``noise`` is
     not chosen by the user: it is a tensor of uniform random numbers in [0, 1), one per element of the update, drawn
-    from the user's ``seed`` (0 by default) and the tensor's name. The function must not change its input.
+    from the user's ``seed`` (0 by default) and the tensor's name. Nor is one called ``gradient_signs``: -1, 0 or 1 for
+    each element of the update, the sign of the loss's gradient at the untouched Instruct that most of the user's
+    ``rows`` of ``data`` have (31 by default), 0 without a majority; it works in a training only. The function must not
+    change its input.
 
     Args:
         name: Name by which the function is chosen.
-        elementwise: Whether each element of the result depends on the same element of ``update`` and ``noise`` only.
+        elementwise: Whether each element of the result depends on the same element of ``update``, ``noise`` and
+            ``gradient_signs`` only.
             Under FSDP2 only such functions can be applied, to each rank's shard.
 
     Raises:

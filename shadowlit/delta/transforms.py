@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowlit.delta.registry import NOISE, SEED, Transform, Where, checked, find, transform
+from shadowlit.delta.registry import DATA, NOISE, ROWS, SEED, SIGNS, Transform, Where, checked, find, transform
 from shadowlit.delta.spectrum import gram
 from shadowlit.errors import GraftError, ShadowlitError, first_line
 from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.factors import Factors
+from shadowlit.grafting.transformed import GradientRows, Signs
 
 _TRIAL = 256  # rows and columns of the matrix on which a chosen transform is tried before anything is loaded
+_MOST_ROWS = 127  # votes for a sign that one byte counts
 _Step = tuple[Transform, dict[str, Any]]
 
 
@@ -74,6 +76,21 @@ def dare(update: Tensor, *, density: float, noise: Tensor) -> Tensor:
     _require_density(density)
     values = widen(update)
     return values * (noise < density) / density
+
+
+@transform("gradfix", elementwise=True)
+def gradfix(update: Tensor, *, gradient_signs: Tensor) -> Tensor:
+    """Keep the elements that go down the loss at the untouched Instruct: those with ``sign(update) = -sign(gradient)``.
+
+    GradFix, arXiv 2510.09658: the sign of each element's gradient is the one that most of a few rows have. To first
+    order no kept element raises the loss of these rows. Elements without a majority are set to zero.
+
+    Args:
+        update: Update of any shape.
+        gradient_signs: Signs -1, 0 or 1, in the update's shape; those of the loss's gradient at the Instruct.
+    """
+    values = widen(update)
+    return torch.where(values.sign() * gradient_signs < 0, values, 0.0)
 
 
 @transform("svd")
@@ -246,6 +263,8 @@ class Transforms:
                 )
             found = find(spec["name"], where("name"))
             parameters = checked(found, {k: v for k, v in spec.items() if k != "name"}, where)
+            if found.needs_gradient and not 1 <= parameters[ROWS] <= _MOST_ROWS:
+                raise GraftError(f"{where(ROWS)} is {parameters[ROWS]}; expected 1 to {_MOST_ROWS} rows, e.g. 31.")
             self._require_new(found, parameters, where)
             _try((found, parameters), where)
             self._steps.append((found, parameters))
@@ -255,29 +274,44 @@ class Transforms:
         return bool(self._steps)
 
     @property
+    def gradient_rows(self) -> list[GradientRows]:
+        """Rows whose gradients at the untouched Instruct the transforms need."""
+        return [GradientRows(given[DATA], given[ROWS]) for found, given in self._steps if found.needs_gradient]
+
+    @property
     def whole(self) -> list[str]:
         """Names of the transforms that need whole tensors."""
         return [found.name for found, _ in self._steps if not found.elementwise]
 
-    def __call__(self, name: str, update: Tensor) -> Tensor:
+    def __call__(self, name: str, update: Tensor, signs: Signs | None = None) -> Tensor:
         """The transformed update of a whole tensor, in float32 (float64 for a float64 update)."""
-        return self.on_part(name, update, lambda seed: self.noise(name, tuple(update.shape), seed))
+        return self.on_part(name, update, lambda seed: self.noise(name, tuple(update.shape), seed), signs)
+
+    def require_without_gradients(self) -> None:
+        """Raise a GraftError if a transform needs gradients, which don't exist where no model is in memory."""
+        if needing := [found.name for found, _ in self._steps if found.needs_gradient]:
+            raise GraftError(
+                f"{self.key} has {needing[0]!r}, which needs the gradient of the Instruct's loss on {DATA}, but no "
+                "model is in memory here. Use it in a training (graft.variants), whose export has its graft; fit with "
+                "the run's configuration, --ckpt_path and --trainer.max_steps of that step exports an earlier one."
+            )
 
     @torch.no_grad()
-    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor], signs: Signs | None = None) -> Tensor:
         """Return the transformed part of an update; of the whole tensor where a transform is not elementwise.
 
         Args:
             name: Name of the tensor.
             update: Part of the update.
             noise: Gives the same part of the tensor's random numbers by their seed.
+            signs: Gives the same part of the gradient's signs by its rows.
 
         Raises:
             GraftError: A transform fails, or returns another shape, or NaN or infinity for a finite update.
         """
         for step in self._steps:
             try:
-                result = _apply(step, update, noise)
+                result = _apply(step, update, noise, signs)
             except Exception as error:  # of a function from outside the package
                 raise GraftError(
                     f"the transform {step[0].name!r} fails for the update of {name}, whose shape is "
@@ -309,10 +343,13 @@ class Transforms:
             )
 
 
-def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor], signs: Signs | None) -> Tensor:
     found, given = step[0], dict(step[1])
     if found.is_random:
         given[NOISE] = noise(given.pop(SEED)).to(update.device)
+    if found.needs_gradient:
+        assert signs is not None  # see require_without_gradients
+        given[SIGNS] = signs(GradientRows(given.pop(DATA), given.pop(ROWS))).to(update.device)
     return found.function(update, **given)
 
 
@@ -344,10 +381,15 @@ def _try(step: _Step, where: Where) -> None:
     def noise(seed: int) -> Tensor:
         return Transforms.noise("trial", (_TRIAL, _TRIAL), seed)
 
+    def signs(_: GradientRows) -> Tensor:
+        return (noise(0) - 0.5).sign()
+
     try:
-        result = _apply(step, update, noise)
-        again = _apply(step, update, noise)
-        part = _apply(step, update[rows], lambda seed: noise(seed)[rows]) if step[0].elementwise else again[rows]
+        result = _apply(step, update, noise, signs)
+        again = _apply(step, update, noise, signs)
+        part = again[rows]
+        if step[0].elementwise:
+            part = _apply(step, update[rows], lambda seed: noise(seed)[rows], lambda given: signs(given)[rows])
     except Exception as error:  # a user's own function may raise anything
         raise GraftError(f"{where('name').removesuffix('.name')}, {step[0].name}: {_cause(error)}") from error
     problem = ""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowlit.grafting.swap import windows
+
 
 def widen(tensor: Tensor) -> Tensor:
     """Return ``tensor`` in float32, or unchanged when it is float64."""
@@ -39,3 +41,16 @@ def graft(instruct: Tensor, tuned: Tensor, base: Tensor, scale: float = 1.0) -> 
     The scale λ is 1 in the paper; 0 gives the Instruct.
     """
     return add_delta(instruct, delta(tuned, base), scale)
+
+
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``⟨left, right⟩`` of two tensors of one shape as a scalar: products in float32, or float64 if one of the
+    two is, and sums of them in float64.
+    """
+    total = torch.zeros((), dtype=accumulation_dtype(left.device), device=left.device)
+    left, right = left.reshape(-1), right.reshape(-1)
+    for part in windows(left):
+        one, other = widen(left[part]), widen(right[part].to(left.device, non_blocking=True))
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        total += torch.dot(one.to(dtype), other.to(dtype))
+    return total

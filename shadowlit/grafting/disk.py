@@ -181,12 +181,12 @@ class DiskGraft:
                 f"dtype is {dtype!r}; expected float32, bfloat16 or float16, or None for the Instruct's own dtype."
             )
         self._allow_zero = allow_zero
-        self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
+        self.update, self.instruct, self.dtype = update, instruct, dtype
         own = instruct.learned().tensors
         weights = weights_in(own)
         selected = resolve(select, weights, linear_on_disk(weights), "of the Instruct")
         update.require_weights(sorted(selected & update.without.keys()))
-        self._update = update = _with_its_head(update, own)
+        self.update = update = _with_its_head(update, own)
         self.selected = selected & update.weights
         if not self.selected:
             raise GraftError(
@@ -207,18 +207,7 @@ class DiskGraft:
         instruct.require_weights(sorted({*self.selected, *converted}))
         update.require_weights(sorted(self.selected))
         self._require_one_update_of_tied(select)
-        for pattern, _ in scale.by_pattern:
-            with bounded_matching(f"scale has {pattern!r}"):
-                matches = any(re.search(pattern, name) for name in self.selected)
-            if not matches:
-                raise GraftError(
-                    f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
-                )
-        if scale.by_name and (unequal := sorted(self.selected ^ scale.by_name.keys())):
-            raise GraftError(
-                f"the scales by name and the {len(self.selected)} grafted tensors differ in {some_of(unequal)}. Give a "
-                "scale for every grafted tensor and for no other: those of the same models and selection."
-            )
+        self.rescale(scale)
         sizes = {name: info.num_elements for name, info in own.items()}
         # From the headers: what is left out may have changed or not.
         self.planned = replace(
@@ -231,21 +220,41 @@ class DiskGraft:
         self._squares = {name: [0.0, 0.0, 0.0] for name in self.selected}
         self._left_out: dict[str, float] = {}  # squared norms of the updates that are left out
 
+    def rescale(self, scale: Scale) -> None:
+        """Give the graft another scale, before it is streamed.
+
+        Raises:
+            GraftError: A pattern matches no grafted tensor, or scales by name are not those of the grafted tensors.
+        """
+        for pattern, _ in scale.by_pattern:
+            with bounded_matching(f"scale has {pattern!r}"):
+                matches = any(re.search(pattern, name) for name in self.selected)
+            if not matches:
+                raise GraftError(
+                    f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
+                )
+        if scale.by_name and (unequal := sorted(self.selected ^ scale.by_name.keys())):
+            raise GraftError(
+                f"the scales by name and the {len(self.selected)} grafted tensors differ in {some_of(unequal)}. Give a "
+                "scale for every grafted tensor and for no other: those of the same models and selection."
+            )
+        self._scale = scale
+
     @cached_property
     def coverage(self) -> Coverage:
         """What the graft covers. Of the tensors that it leaves out only those that changed count, so they are read."""
-        return replace(self.planned, left_out=tuple(filter(self._update.changes, self.planned.left_out)))
+        return replace(self.planned, left_out=tuple(filter(self.update.changes, self.planned.left_out)))
 
     def _has_norm(self, name: str) -> bool:
         """Whether an update is one of floating-point weights."""
         with suppress(GraftError):
-            self._update.require_weights([name])
+            self.update.require_weights([name])
             return True
         return False
 
     def _measured(self, info: TensorInfo, start: int, stop: int) -> tuple[int, float, float, float]:
         """The squared norm of some rows of the update as it was learned, as the last of what ``_part`` returns."""
-        update = np.asarray(self._update.learned_rows(info.name, start, stop))
+        update = np.asarray(self.update.learned_rows(info.name, start, stop))
         return 0, 0.0, 0.0, float(np.square(update, dtype=np.float64).sum())
 
     @property
@@ -294,7 +303,7 @@ class DiskGraft:
         infos = self.instruct.tensors.values()
         windows: list[tuple[TensorInfo, int, int]] = [(info, *window) for info in infos for window in row_windows(info)]
         # Appended with the rows that are only measured.
-        left_out = described({n: self._update.shapes[n] for n in filter(self._has_norm, self.coverage.left_out)})
+        left_out = described({n: self.update.shapes[n] for n in filter(self._has_norm, self.coverage.left_out)})
         measured = [(info, *window) for info in left_out.values() for window in row_windows(info)]
         count = len(windows)
         items = [*enumerate(windows), *enumerate(measured, count)]
@@ -329,7 +338,7 @@ class DiskGraft:
         scale = self._scale.of(info.name)
         if raw.size % 4 or {info.code, target} != {"BF16"} or not scale:
             return None
-        if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
+        if (stored := self.update.bfloat16_rows(info.name, start, stop)) is None:
             return None
         _, *squares = numeric.graft_bfloat16(*stored, raw, scale, room[: raw.size])
         if not all(map(math.isfinite, squares)):
@@ -349,17 +358,17 @@ class DiskGraft:
         if name in self.selected:
             if (part := self._bfloat16_part(raw, info, target, start, stop, room)) is not None:
                 return part
-            update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
+            update = np.asarray(self.update.rows(name, start, stop)).reshape(-1)
             scale = self._scale.of(name)
             stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
             if not all(map(math.isfinite, squares)):
                 numeric.require_finite(name, raw, info.code, self._of_instruct)
-                self._update.require_finite_base(name, start, stop)
+                self.update.require_finite_base(name, start, stop)
                 exact = numeric.widen(raw, info.code) + scale * update
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
                     raise numeric.not_finite(name, bad, exact.size)
                 numeric.require_finite(name, stored, target)
-            unscaled = scale and not self._update.transformed
+            unscaled = scale and not self.update.transformed
             whole = squares[0] / scale**2 if unscaled else self._measured(info, start, stop)[-1]
         else:
             stored = numeric.narrow(numeric.widen(raw, info.code), target)
@@ -372,7 +381,7 @@ class DiskGraft:
     def _require_one_update_of_tied(self, select: str | list[str]) -> None:
         """Raise if a tied Instruct would get two updates in one tensor, or one side's update on both sides."""
         own_head, embedding = head_and_embedding(self.instruct.tensors)
-        head, _ = head_and_embedding(self._update.shapes)
+        head, _ = head_and_embedding(self.update.shapes)
         chosen = embedding in self.selected or (head is not None and selects(select, [head]))
         if own_head or embedding is None or not chosen:
             return
@@ -387,7 +396,7 @@ class DiskGraft:
 
     def _moves_alike(self, embedding: str, head: str | None) -> bool:
         """Whether the update of the embedding is that of the output head too."""
-        update = self._update
+        update = self.update
         if update.tied:
             return True
         if head is None:

@@ -33,7 +33,7 @@ from shadowlit.grafting.quantised import quantised_layers
 from shadowlit.grafting.selection import coverage
 from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
-from shadowlit.grafting.transformed import ParameterTransforms, Transforms, laid_out
+from shadowlit.grafting.transformed import GradientRows, ParameterTransforms, Transforms, laid_out
 
 Squares = dict[str, Tensor]  # by name: sums of squares of an update and of its rounding error, float64 [2]
 
@@ -72,8 +72,9 @@ class ModuleGraft:
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
+        self.signs: dict[GradientRows, dict[str, Tensor]] = {}  # of gradients at the Instruct, for transforms
         self._transforms = {  # by variant; none where the update stays as it is
-            name: ParameterTransforms(chosen, parameters, instruct, self._parts)
+            name: ParameterTransforms(chosen, parameters, instruct, self._parts, self.signs)
             for name, chosen in {"": transforms, **(variants or {})}.items()
             if chosen
         }
@@ -120,8 +121,8 @@ class ModuleGraft:
         grafted = {host.name: host for host in self._hosts if host.selected and host.trained}
         if any(host.quantised for host in grafted.values()):
             raise GraftError(
-                "graft.fit_scales needs gradients of the weights, which the layers of model.quantization don't have. "
-                "Train without quantization, or fit the scales on disk (shadowlit graft --fit-scales)."
+                "graft.fit_scales and transforms such as gradfix need gradients of the weights, which the layers of "
+                "model.quantization don't have. Train without quantization, or without these."
             )
         return {name: host.parameter for name, host in grafted.items()}
 

@@ -15,7 +15,7 @@ per supervised token of other rows, which the task should not change, and λ₀ 
 in the paper). The scales start at λ₀ and take a few steps of Adam (arXiv 1412.6980), whose step size falls to zero
 along a line. A step moves every scale by about its step size, however small the derivative is; what the data say
 nothing about is kept near λ₀ by the pull alone. Of the scales that were visited, those with the lowest J are the
-result, so that it is never above J(λ₀).
+result, so that it is never above J(λ₀). Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from shadowlit.checkpoint.names import kind_of, layer_label, layer_of, module_of
-from shadowlit.errors import GraftError
-from shadowlit.grafting.arithmetic import accumulation_dtype, widen
-from shadowlit.grafting.swap import windows
+from shadowlit.errors import GraftError, counted
+from shadowlit.text import number
 
 Grouping = Literal["layer", "kind", "tensor"]
 OUTSIDE = "other"
@@ -125,6 +122,19 @@ class FittedScales:
     history: list[dict[str, float]]
 
     @property
+    def line(self) -> str:
+        """The scales and what they gain on the calibration rows, in words."""
+        least, most = (pick(self.scales, key=self.scales.__getitem__) for pick in (min, max))
+        before, after = self.history[0], self.history[self.step]
+        line = (
+            f"scales: {counted(len(self.scales), 'group')} by {self.groups}, {self.scales[least]:.3f} ({least}) to "
+            f"{self.scales[most]:.3f} ({most}): calibration loss {number(before['loss'])} → {number(after['loss'])}"
+        )
+        if any(entry["kl"] for entry in self.history):
+            line += f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}"
+        return line
+
+    @property
     def about(self) -> dict[str, Any]:
         """What a manifest has of it: everything except the scales of single parameters."""
         return {
@@ -138,19 +148,6 @@ def group_of(name: str, groups: Grouping) -> str:
     if groups == "layer":
         return OUTSIDE if layer_of(name) is None else layer_label(name)
     return kind_of(name) if groups == "kind" else module_of(name)
-
-
-def inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``⟨left, right⟩`` of two tensors of one shape as a scalar: products in float32, or float64 if one of the
-    two is, and sums of them in float64.
-    """
-    total = torch.zeros((), dtype=accumulation_dtype(left.device), device=left.device)
-    left, right = left.reshape(-1), right.reshape(-1)
-    for part in windows(left):
-        one, other = widen(left[part]), widen(right[part].to(left.device, non_blocking=True))
-        dtype = torch.promote_types(one.dtype, other.dtype)
-        total += torch.dot(one.to(dtype), other.to(dtype))
-    return total
 
 
 def fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -15,6 +15,17 @@ from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
 
 
+class GradientRows(NamedTuple):
+    """Rows on which the gradient at the untouched Instruct is computed: the first ones of a source."""
+
+    data: str
+    rows: int
+
+
+Signs = Callable[[GradientRows], Tensor]
+"""Gives the gradient's signs of a part of a tensor by the rows: -1, 0 or 1, in the part's shape."""
+
+
 class Transforms(Protocol):
     """What the live graft needs of its transforms, :class:`shadowlit.delta.transforms.Transforms`."""
 
@@ -24,12 +35,12 @@ class Transforms(Protocol):
     def whole(self) -> list[str]:
         """Names of the functions that need whole tensors; the others may be applied to any part of one."""
 
-    def __call__(self, name: str, update: Tensor) -> Tensor:
+    def __call__(self, name: str, update: Tensor, signs: Signs | None = None) -> Tensor:
         """The transformed update of the whole tensor ``name``."""
 
-    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor], signs: Signs | None = None) -> Tensor:
         """Return the transformed part of a tensor's update; ``noise`` gives that part's random numbers by
-        their seed.
+        their seed, ``signs`` that part of the gradient's signs.
         """
 
     def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -44,7 +55,8 @@ class ParameterTransforms:
     parameters stay sharded: elementwise transforms get the shard, and the random numbers that belong to it.
 
     ``parameters`` are the module's by the names in checkpoints; ``parts`` are the parts of parameters that make up each
-    tensor of the Instruct's files that is not a parameter by itself.
+    tensor of the Instruct's files that is not a parameter by itself. ``signs`` are the signs of gradients, of this
+    rank's parts of parameters, by rows and name; they may be filled in later.
 
     Raises:
         GraftError: A transform needs whole tensors and the parameters are sharded.
@@ -56,10 +68,11 @@ class ParameterTransforms:
         parameters: Mapping[str, Tensor],
         instruct: TensorReader,
         parts: Mapping[str, list[Range]],
+        signs: Mapping[GradientRows, Mapping[str, Tensor]],
     ) -> None:
         sharded = (p.device_mesh.size() for p in parameters.values() if isinstance(p, DTensor))
         require_elementwise(transforms, max(sharded, default=1))
-        self._transforms, self._parameters = transforms, parameters
+        self._transforms, self._parameters, self._signs = transforms, parameters, signs
         shapes = {part.name: tuple(parameters[part.name].shape) for p in parts.values() for part in p}
         self._module = ComputedReader(instruct.folder, described(shapes))
         self._files = ComputedReader(instruct.folder, described({name: instruct.tensors[name].shape for name in parts}))
@@ -69,14 +82,19 @@ class ParameterTransforms:
         parameter = self._parameters[name]
         if not self._transforms.whole:
             slices = local_slices(parameter)
-            return self._transforms.on_part(name, update_of(name), lambda seed: self._noise(name, seed)[slices])
+            noise = lambda seed: self._noise(name, seed)[slices]  # noqa: E731
+            return self._transforms.on_part(name, update_of(name), noise, lambda rows: self._signs[rows][name])
         if name not in self._module.tensors:
-            return self._transforms(name, update_of(name))
+            return self._transforms(name, update_of(name), lambda rows: self._signs[rows][name])
         learned = laid_out(self._module.tensors, self._files, update_of)
-        transformed = laid_out(
-            self._files.tensors, self._module, lambda stored: self._transforms(stored, learned.read(stored))
-        )
-        return transformed.read(name).to(parameter.device)
+
+        def transformed(stored: str) -> Tensor:
+            def signs(rows: GradientRows) -> Tensor:
+                return laid_out(self._module.tensors, self._files, lambda n: self._signs[rows][n].float()).read(stored)
+
+            return self._transforms(stored, learned.read(stored), signs)
+
+        return laid_out(self._files.tensors, self._module, transformed).read(name).to(parameter.device)
 
     def _noise(self, name: str, seed: int) -> Tensor:
         """The random numbers of a whole parameter: those of the files' tensors that it holds."""

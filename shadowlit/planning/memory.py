@@ -274,6 +274,7 @@ def _graft_bytes(
     """
     parameters, layers, usual = host_parameters(model), adapted_layers(model), stored_dtype(headers)
     selected = resolve(graft.select, parameters, linear_names(model), host_of(model).config.model_type)
+    signs = len({rows for each in graft.all_transforms for rows in each.gradient_rows})  # a byte per element
     held = saved = copied = 0.0
     for name, parameter in parameters.items():
         stored = headers[name].dtype if name in headers else usual
@@ -281,6 +282,7 @@ def _graft_bytes(
         moves = parameter.requires_grad or on_tuned  # away from the Base, whose values are held then
         swapped = is_swapped(not moves, name in layers and name in selected, graft.dtype, stored)
         held += size * ((live if swapped else stored.itemsize) + stored.itemsize * moves)
+        held += size * signs * (name in selected and (moves or name in layers))
         saved += 0 if swapped else size * live
         copied += size * live * (moves or not (swapped or stored == parameter.dtype))
     return held, saved, copied

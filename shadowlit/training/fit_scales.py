@@ -14,16 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.data.collate import Collate
+from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import GraftError
-from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta
+from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, inner_product
+from shadowlit.grafting.disk import DiskGraft
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.parameters import host_parameters
-from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of, inner_product
+from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of
 from shadowlit.grafting.subject import INSTRUCT, Subject
+from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import path_of
 from shadowlit.training.gradients import deterministic, gradients_of
 from shadowlit.training.head import HeadLoss, Predictions
@@ -83,13 +87,16 @@ class MemoryScaledGraft:
     Args:
         model: A transformers model with the Instruct's weights.
         update: The update; every tensor of it is grafted.
+        dtype: Dtype that grafted weights are rounded to, as an export rounds them; None for the model's.
 
     Raises:
         GraftError: A tensor of the update is not a parameter of the model, or has another shape.
     """
 
-    def __init__(self, model: nn.Module, update: Delta | Mapping[str, Tensor]) -> None:
-        self.model, own = model, host_parameters(model)
+    def __init__(
+        self, model: nn.Module, update: Delta | Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        self.model, self._dtype, own = model, dtype, host_parameters(model)
         delta = update if isinstance(update, Delta) else Delta.of(update)
         wrong = [n for n, shape in delta.shapes.items() if n not in own or tuple(own[n].shape) != tuple(shape)]
         if wrong or not delta.shapes:
@@ -112,7 +119,8 @@ class MemoryScaledGraft:
             with torch.no_grad():
                 for name, scale in (scales or {}).items():
                     own = self._instruct[name]
-                    self.parameters[name].copy_(add_delta(own, self._updates[name].to(own.device), scale))
+                    grafted = add_delta(own, self._updates[name].to(own.device), scale)
+                    self.parameters[name].copy_(grafted.to(self._dtype or own.dtype))
             yield
         finally:
             with torch.no_grad():
@@ -135,7 +143,6 @@ class Calibration:
         objective: Objective whose loss is measured.
         autocast: Context that forward passes run in.
         move: Function that brings a batch to the model's device.
-        reach_boundary: Called on all ranks between batches.
     """
 
     def __init__(
@@ -149,11 +156,9 @@ class Calibration:
         objective: Objective | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         move: Callable[[Any], Batch],
-        reach_boundary: Callable[[], None] = lambda: None,
     ) -> None:
         self._host, self._options, self._rows, self._keep, self._head = host, options, rows, keep, head
         self._objective, self._autocast, self._move = objective or SFT(), autocast, move
-        self._reach_boundary = reach_boundary
         require_fittable(self._objective)
         self._groups = {name: group_of(name, options.groups) for name in host.parameters}
         self._predictions: list[Predictions] = []  # of the Instruct, for each batch of `keep`
@@ -165,11 +170,21 @@ class Calibration:
         """Return what is measured with the scale of each group; slopes only if they are wanted."""
         if self._keep and not self._predictions:
             self._predict()
-        with self._host.scaled({name: scales[group] for name, group in self._groups.items()}):
+        with self._holding({name: scales[group] for name, group in self._groups.items()}):
             loss, slopes = self._pass(self._rows, self._step, with_slopes)
             kl, others = self._pass(self._keep, self._divergence, with_slopes) if self._keep else (0.0, {})
         weight = self._options.keep.weight if self._options.keep is not None else 0.0
         return Measured(loss, kl, {group: slope + weight * others.get(group, 0.0) for group, slope in slopes.items()})
+
+    @contextmanager
+    def _holding(self, scales: Mapping[str, float] | None) -> Iterator[None]:
+        """Load weights within the context. A caller's autocast would keep using its casts of those before."""
+        try:
+            with self._host.scaled(scales):
+                torch.clear_autocast_cache()
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     def _pass(
         self, batches: Sequence[Batch], step: Callable[[int, Batch], tuple[Tensor, Any]], with_slopes: bool
@@ -186,7 +201,6 @@ class Calibration:
 
         def run() -> None:
             for number, batch in enumerate(batches):
-                self._reach_boundary()
                 with self._autocast():
                     loss, count = step(number, self._move(batch))
                 if with_slopes:
@@ -224,7 +238,7 @@ class Calibration:
 
     def _predict(self) -> None:
         """Let the untouched Instruct predict the rows to keep, once; the states wait in the CPU's memory."""
-        with self._host.scaled(None), torch.no_grad(), deterministic(self._host.model):
+        with self._holding(None), torch.no_grad(), deterministic(self._host.model):
             for batch in self._keep:
                 known = self._predictions[-1] if self._predictions else None
                 with self._autocast():
@@ -240,6 +254,7 @@ def fit_scales(
     keep: Sequence[Mapping[str, Sequence[int]]] = (),
     *,
     start: float = 1.0,
+    dtype: torch.dtype | None = None,
     pad_token_id: int = 0,
 ) -> FittedScales:
     """Find the scales of an update of an Instruct in memory: for studies, and for the graft on disk.
@@ -251,6 +266,7 @@ def fit_scales(
         options: Groups, steps and weights; its sources are not read.
         keep: Rows on which the graft is kept near the Instruct, with ``options.keep.weight``.
         start: Scale that all groups start from.
+        dtype: Dtype that grafted weights are rounded to, as an export rounds them; None for the model's.
         pad_token_id: Token that fills batches up.
 
     Raises:
@@ -265,7 +281,7 @@ def fit_scales(
     """
     if bool(keep) != (options.keep is not None):
         raise GraftError("fit_scales: keep has rows without a weight, or a weight without rows. Give both or none.")
-    host = MemoryScaledGraft(model, update)
+    host = MemoryScaledGraft(model, update, dtype)
     device = next(model.parameters()).device
 
     def batches(samples: Sequence[Mapping[str, Sequence[int]]]) -> list[Batch]:
@@ -278,6 +294,40 @@ def fit_scales(
         move=lambda batch: {name: tensor.to(device) for name, tensor in batch.items()},
     )  # fmt: skip
     return fit(measure, host.parameters, options, start)
+
+
+def fit_on_disk(plan: DiskGraft, pair: ModelPair, options: FitScales, start: float = 1.0) -> FittedScales:
+    """Find the scales of a planned graft of folders, on its Instruct in memory.
+
+    The rows are read with the Instruct's template, as a validation set's. In memory are the Instruct, a copy of the
+    weights that are grafted, and their update in float32. Computed on a GPU if there is one, in the dtype of the
+    Instruct's files, else in float32.
+
+    Args:
+        plan: Graft.
+        pair: Base and Instruct, of which the second has the tokenizer.
+        options: Sources, groups, steps and weights.
+        start: Scale that all groups start from.
+
+    Raises:
+        GraftError: A grafted tensor is not a parameter of the loaded Instruct by itself, as with experts that the files
+            hold one by one; or a loss is not finite.
+        DataError: The rows can't be read.
+    """
+    keep = {} if options.keep is None else {"keep": options.keep.data}
+    data = ShadowData(pair, validation={"rows": options.data, **keep})
+    data.setup("validate")
+    on_gpu = torch.cuda.is_available()
+    model: Any = AutoModelForCausalLM.from_pretrained(plan.instruct.folder, dtype="auto" if on_gpu else torch.float32)
+    model.to("cuda" if on_gpu else "cpu").eval()
+    rounding = {plan.instruct.tensors[name].converted(plan.dtype).dtype for name in plan.selected}
+    dtype = rounding.pop() if len(rounding) == 1 else None
+    sets: list[Any] = [data.dataset(f"val/{name}") for name in ("rows", *keep)]
+    rows, *kept = [[one[i] for i in range(len(one))] for one in sets]
+    update = Delta.from_update(plan.update).only(plan.selected)
+    return fit_scales(
+        model, update, rows, options, kept[0] if kept else (), start=start, dtype=dtype, pad_token_id=data.pad_token_id
+    )
 
 
 def require_fittable(objective: Objective) -> None:

@@ -18,6 +18,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.cli.main import main
 from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import GraftError, ShadowlitError
@@ -75,8 +76,8 @@ class Watch(Callback):
 
 def run(tmp_path, folders, files, kind, fit_scales, *callbacks, parts=("model", "adapter", "delta"), **options):
     module = make_module(folders, kind, lr=3e-3)
+    export = ExportCallback(folder=str(tmp_path / "x"), parts=list(parts), subject=options.pop("subject", "grafted"))
     graft = GraftCallback(fit_scales=fit_scales, **options)
-    export = ExportCallback(folder=str(tmp_path / "x"), parts=list(parts))
     trainer = make_trainer(tmp_path, graft, export, *callbacks, max_epochs=2, val_check_interval=None)
     data = ShadowData(
         module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64, batch_size=2
@@ -163,9 +164,14 @@ def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
     assert not (tmp_path / "plain/x/scales.json").exists()
 
 
-def test_scales_start_at_the_main_scale_and_count_transforms(tmp_path, folders, files):
+@pytest.mark.parametrize("main", [True, False])
+def test_scales_start_at_the_exported_grafts_and_count_its_transforms(tmp_path, folders, files, main):
     """With one step of 1e-9 they stay at 0.5, and the export is that of scale 0.5, with the transforms."""
-    options = {"transforms": [{"name": "dare", "density": 0.5}], "scales": [0.5], "select": "all"}
+    transforms = [{"name": "dare", "density": 0.5}]
+    options = {"transforms": transforms, "scales": [0.5], "select": "all"}
+    if not main:
+        options = {"variants": {"thin": {"transforms": transforms, "scale": 0.5}}, "select": "all"}
+        options |= {"subject": "grafted@thin"}
     fit_scales = FitScales(files["calibration"], groups="layer", steps=1, lr=1e-9)
     run(tmp_path, folders, files, "full", fit_scales, parts=["model"], **options)
     assert set(json.loads((tmp_path / "x/scales.json").read_text())["scales"].items()) == {
@@ -173,6 +179,9 @@ def test_scales_start_at_the_main_scale_and_count_transforms(tmp_path, folders, 
     }  # fmt: skip
     run(tmp_path / "plain", folders, files, "full", None, parts=["model"], **options)
     assert_same(*(load_file(tmp_path / f"{part}x/model/model.safetensors") for part in ("", "plain/")))
+    scores = [read_manifest(tmp_path / f"{part}x/model")["metrics"] for part in ("", "plain/")]
+    whole = "val/grafted/loss" if main else "val/grafted@thin/loss"
+    assert scores[0]["val/fitted/loss"] == pytest.approx(scores[1][whole], rel=1e-6)
 
 
 def test_an_error_restores_everything(tmp_path, folders, files, monkeypatch):
@@ -301,3 +310,41 @@ def test_an_adapter_under_fsdp2_is_refused(folders, files):
     trainer = SimpleNamespace(strategy=ModelParallelStrategy(2, 1), world_size=2)
     with pytest.raises(GraftError, match="doesn't work with an adapter under FSDP2"):
         callback_module.open_rows(trainer, make_module(folders, "lora"), FitScales(files["calibration"]))
+
+
+# -- on disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_scales_are_fitted_on_disk(tmp_path, folders, files, kind, capsys):
+    """From the folders of a run's own export: the same scales as fit's, and a model that has them."""
+    (tmp_path / "fit").mkdir()
+    options = {**FIT, "data": files["calibration"], "batch_size": 2}
+    module, _, _ = run(tmp_path / "fit", folders, files, "full" if kind == "model" else "lora", options)
+    module.model.save_pretrained(tmp_path / "tuned")
+    sides = [str(folders[0]), str(tmp_path / "tuned"), str(folders[1])]
+    out = tmp_path / "out"
+    assert main(["graft", *sides, str(out), "--fit-scales", json.dumps(options)]) == 0
+    assert "scales: 7 groups by kind" in " ".join(capsys.readouterr().out.split())
+    mine, fits = (json.loads((place / "scales.json").read_text()) for place in (out, tmp_path / "fit/x"))
+    assert mine["tensors"] == pytest.approx(fits["tensors"], abs=1e-3)
+    assert mine["after"] == pytest.approx(fits["after"], rel=1e-4) and (out / "scales.png").is_file()
+    assert read_manifest(out)["fitted_scales"]["scales"] == mine["scales"]
+    again = shadowlit.graft(*sides, str(tmp_path / "again"), scale=str(out / "scales.json"))
+    assert again.survival == read_manifest(out)["survival"]["survival"]
+    assert_same(*(load_file(tmp_path / f"{name}/model.safetensors") for name in ("out", "again")))
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    assert mine["after"]["loss"] == pytest.approx(loss_by_hand(exported, files["calibration"], folders), rel=1e-5)
+
+
+def test_fitting_on_disk_is_refused_before_the_model_is_loaded(tmp_path, folders, files, capsys):
+    sides = [str(folders[0]), str(folders[1]), str(folders[1])]
+    fitting = ["--fit-scales", json.dumps({"data": files["calibration"]})]
+    assert main(["graft", *sides, str(tmp_path / "out"), *fitting, "--scale", "1;q_proj=0.5"]) != 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    assert main(["graft", *sides, str(tmp_path / "full"), *fitting]) != 0
+    with pytest.raises(SystemExit):
+        main(["graft", *sides, str(tmp_path / "out"), "--fit-scales", '{"data": "x", "group": "kind"}'])
+    text = " ".join(capsys.readouterr().err.split())
+    assert "--scale gives several" in text and "is not empty" in text and "group" in text

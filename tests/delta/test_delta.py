@@ -404,7 +404,7 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
         (["compress", d, out, "--method=magnitude", "--density=2"], "--method, magnitude: density is 2"),
         (
             ["compress", d, out, "--method=magnitud"],
-            "--method is 'magnitud'; expected one of dare, magnitude, svd, ties",
+            "--method is 'magnitud'; expected one of dare, gradfix, magnitude, svd, ties",
         ),
         (["compress", d, out, "--method=magnitude", "--density=0.1", "--rank=2"], "'magnitude' has no such parameter"),
         (["compress", d, out, "--method=dare", "--density=0.1", '--parameters={"density": 0.1}'], "Give it once"),

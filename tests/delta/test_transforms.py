@@ -232,9 +232,9 @@ def test_bad_arguments(call):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "darre"}, r"\.name is 'darre'; expected one of dare, magnitude, svd, ties, or the import path .* Did "
-                            r"you mean 'dare'\?"),
-        ({"name": "zzz"}, r"\.name is 'zzz'; expected one of dare, magnitude, svd, ties, .*\.my_transform\.$"),
+        ({"name": "darre"}, r"\.name is 'darre'; expected one of dare, gradfix, magnitude, svd, ties, or the import "
+                            r"path .* Did you mean 'dare'\?"),
+        ({"name": "zzz"}, r"\.name is 'zzz'; expected one of dare, gradfix, magnitude, svd, ties, .*\.my_transform\.$"),
         ({"name": "nowhere.sign"}, r"\.name is 'nowhere\.sign', which can't be imported \(ModuleNotFoundError: No "
                                    r"module named 'nowhere'\)"),
         ({"name": "shadowlit.nothing"}, r"can't be imported \(AttributeError: .*nothing"),
@@ -283,7 +283,7 @@ def test_a_new_one_is_a_decorated_function():
     chosen = Transforms([{"name": "shrink", "times": 2}])
     assert chosen("w", HAND).tolist() == [[1.0, -0.25], [0.5, -0.75]]
     assert chosen.specs == [{"name": "shrink", "by": 0.5, "times": 2}] and chosen.whole == []
-    with pytest.raises(GraftError, match="expected one of dare, magnitude, shrink, svd, ties"):
+    with pytest.raises(GraftError, match="expected one of dare, gradfix, magnitude, shrink, svd, ties"):
         find("none")
 
 
@@ -345,7 +345,9 @@ def test_an_entry_point_is_a_name(package, monkeypatch):
     assert Transforms([{"name": "signs"}])("w", HAND).tolist() == (1e-3 * HAND.sign()).tolist()
     for _ in range(2):  # the second time its decorator has run
         assert find("halve").elementwise
-    with pytest.raises(GraftError, match=r"expected one of dare, halve, magnitude, signs, svd, ties, or .* 'signs'\?"):
+    with pytest.raises(
+        GraftError, match=r"expected one of dare, gradfix, halve, magnitude, signs, svd, ties, or .* 'signs'\?"
+    ):
         find("sgns")
     entries.append(entry("ties", f"{package}:halve", registry.GROUP))
     with pytest.raises(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shadowlit.errors import GraftError
-from shadowlit.grafting.scales import FitScales, Keep, Measured, fit, group_of, inner_product
+from shadowlit.grafting.arithmetic import inner_product
+from shadowlit.grafting.scales import FitScales, Keep, Measured, fit, group_of
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"]
 

@@ -18,6 +18,7 @@ from experiments.real.report import (
     write_report,
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls
+from experiments.real.score import condense
 
 
 def scores(losses, kl, tokens=10.0):
@@ -65,12 +66,14 @@ def test_rates_are_chosen_on_other_rows_and_arms_compared_at_equal_divergence(tm
     assert advantage([(graft, direct)]).difference == pytest.approx(0.7 - 1.65)  # negative: the graft's loss is higher
 
 
-def test_the_path_is_linear_between_scales_and_begins_at_the_instruct(tmp_path):
+def test_the_path_is_linear_in_the_root_of_the_divergence_and_begins_at_the_instruct(tmp_path):
     write_setting(tmp_path)
     (run,) = Setting(tmp_path, "near", "tools", "lora").of("B")
     assert isinstance(run, Run) and run.learned(0.0) == 0.0
     halfway = run.at_divergence(0.05)  # between the Instruct (3.0 at 0) and scale 0.5 (1.7 at 0.1)
-    assert halfway is not None and halfway[:, 0] / halfway[:, 1] == pytest.approx([2.35, 2.4])
+    assert halfway is not None and halfway[:, 0] / halfway[:, 1] == pytest.approx(
+        [3 - 1.3 * 0.5**0.5, 3 - 1.2 * 0.5**0.5]
+    )
     assert run.at_divergence(0.5) is None
 
 
@@ -154,3 +157,9 @@ def test_copies_are_of_the_rows_that_can_be_perturbed():
     ((_, question, answer),) = found["numbers"]
     first, second = (int(n) for n in re.findall(r"\d+", question))
     assert answer.endswith(f"#### {first + second}") and (first, second) != (13, 25)
+
+
+def test_a_condensed_set_has_the_sums_and_means_of_its_rows():
+    many = [[4.0, 2.0, 3.0, 1.0, 0.5], [9.0, 7.0, 1.0, 0.0, 1.5]]
+    one = condense(many)
+    assert one == [[13.0, 9.0, 2.0, 0.5, 2.0]] and condense([row[:4] for row in many]) == [[13.0, 9.0, 2.0, 0.5]]

@@ -189,3 +189,18 @@ def test_an_exception_leaves_nothing(folders):
         loss_of(model, rows(2, 1)).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_callers_autocast_sees_the_weights_of_each_pass(folders):
+    """Its cache holds casts of parameters until its context ends, and would keep those of the first pass."""
+    model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    update = {name: 5 * delta.float() for name, delta in update_of(model).items()}
+    options = FitScales("", groups="kind", steps=2, lr=0.5, pull=0.0, keep=Keep(""))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit_scales(model, update, rows(4, 1), options, rows(2, 2))
+        host = MemoryScaledGraft(model, update)
+        with host.scaled(found.by_tensor):
+            torch.clear_autocast_cache()
+            loss = mean_loss(model, rows(4, 1))
+    assert found.step > 0 and found.history[found.step]["loss"] == pytest.approx(loss, rel=2e-3)
+    assert found.history[0]["loss"] - loss > 0.02 and found.history[0]["kl"] > 0.01

@@ -11,7 +11,7 @@ from shadowlit.errors import DataError
 from shadowlit.studies.arms import TUNED, is_grafted, subject_of
 from shadowlit.studies.rows import LR, Row
 from shadowlit.studies.trials.process import Job
-from shadowlit.studies.trials.recipe import Recipe
+from shadowlit.studies.trials.recipe import WITHOUT_VARIANTS, Recipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Training:
         arms by these evaluators, None for all.
 
         Evaluators run at the end, on the models of these arms alone, and grafts are validated for grafted arms alone,
-        unless a callback monitors what would be left out.
+        without variants, unless a callback monitors what would be left out.
         """
         home = folder / self.name
         kinds = {"grafted" if is_grafted(arm) else "tuned": arm for arm in arms if arm[0] == self.source}
@@ -48,7 +48,9 @@ class Training:
         awaited = [name for name in every if any(f"/{name}" in metric for metric in monitored)]
         monitors_evaluators = bool(awaited)
         evaluators = every if evaluators is None else [*evaluators, *(n for n in awaited if n not in evaluators)]
-        own = recipe.chosen(evaluators) | {
+        own = {
+            **recipe.chosen(evaluators),
+            **({} if any("/grafted@" in metric for metric in monitored) else WITHOUT_VARIANTS),
             "graft.validate": "grafted" in kinds or any("graft" in metric for metric in monitored),
             "evaluation.subjects": ["tuned", "grafted"] if monitors_evaluators else sorted(kinds),
             "evaluation.last_only": not monitors_evaluators,
@@ -57,6 +59,7 @@ class Training:
             "evaluation.baselines": False,
             "export.parts": ["delta"],
             "export.subject": "grafted",
+            "graft.fit_scales": None,
             "export.folder": str(home),
         }
         arguments = recipe.arguments(self.source, self.seed, home, {**recipe.overrides, **own})

@@ -198,9 +198,16 @@ class Definition:
         # What is the same for all trials is measured once, in a job of its own.
         once = {} if self.measures_each else {"graft.baselines": False, "evaluation.baselines": False}
         # One that diverges is a result of the sweep.
-        own = {"export.enabled": False, "model.on_nan": "warn", **once, **self.overrides, **changed}
+        own = {
+            "export.enabled": False,
+            "graft.fit_scales": None,
+            "model.on_nan": "warn",
+            **once,
+            **self.overrides,
+            **changed,
+        }
         recipe = self._recipe(changed)
-        return ("fit", *recipe.arguments(key.source, key.seed, folder, own))
+        return ("fit", *recipe.arguments(key.source, key.seed, folder, {**own, **self.overrides, **changed}))
 
     @property
     def measures_each(self) -> bool:

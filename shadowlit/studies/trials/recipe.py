@@ -19,6 +19,9 @@ from shadowlit.studies.arms import UNTOUCHED
 from shadowlit.studies.rows import UNTOUCHED_TRIAL
 from shadowlit.studies.trials.process import Job
 
+WITHOUT_VARIANTS: Mapping[str, Any] = {"graft.variants": None, "evaluation.variants": None}
+"""Overrides of a training whose variants of the graft nobody reads."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -78,7 +81,7 @@ class Recipe:
         """Return the job that measures the untouched models once for all trainings of the study in a folder, by some
         of the evaluators; None for all.
         """
-        own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False}
+        own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False, **WITHOUT_VARIANTS}
         arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own, **self.chosen(evaluators)})
         measures = tuple(f"val/{who.lower()}/{name}/" for who in UNTOUCHED for name in evaluators or ())
         return Job(UNTOUCHED_TRIAL, ("validate", *arguments), measures)

@@ -115,6 +115,17 @@ def test_what_is_monitored_is_measured(recipe, tmp_path, monitor, expected):
     ] == expected
 
 
+@pytest.mark.parametrize(("monitor", "kept"), [("val/grafted/loss", False), ("val/grafted@dare/loss", True)])
+def test_variants_that_nobody_reads_are_left_out(recipe, tmp_path, monitor, kept):
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": monitor}}
+    variants = {"dare": {"transforms": [{"name": "dare", "density": 0.5}]}}
+    changes = {"graft.variants": variants, "trainer.callbacks": [callback], "export.subject": "best"}
+    own = Recipe(recipe.config, changes)
+    found = told(Training("B", 1e-3, 0).job(own, tmp_path, ["B2I"]).arguments)
+    assert json.loads(found["graft.variants"]) == (variants if kept else None) and found["export.subject"] == "grafted"
+    assert told(own.untouched_job(tmp_path).arguments)["graft.variants"] == "null"
+
+
 def test_values_are_those_of_the_overrides_then_of_the_file(recipe):
     assert recipe.get("trainer.max_epochs") == 3 and recipe.get("model.lr") == 1e-3
     assert recipe.get("trainer.devices") is None and recipe.get("pair.base.deeper") is None

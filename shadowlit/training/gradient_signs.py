@@ -1,0 +1,87 @@
+"""Signs of the loss's gradient at the untouched Instruct, by the majority of a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shadowlit.distributed import local
+from shadowlit.errors import GraftError
+from shadowlit.grafting.live import LiveGraft
+from shadowlit.grafting.subject import INSTRUCT
+from shadowlit.training.gradients import gradients_of
+from shadowlit.training.head import HeadLoss
+from shadowlit.training.objectives import Objective
+from shadowlit.training.outputs import Batch, Outputs
+
+
+def gradient_signs(
+    graft: LiveGraft,
+    rows: Sequence[Batch],
+    head: HeadLoss,
+    objective: Objective,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    move: Callable[[Batch], Batch],
+    show_row: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """Return the sign of each grafted weight's gradient at the untouched Instruct that most rows have; a collective.
+
+    The vote of GradFix (arXiv 2510.09658): ``sign(Σ_row sign(∂L_row/∂W))``. A few rows say little about the size of a
+    gradient, and one long or hard row would decide the sign of their sum. Ranks with whole parameters share the rows;
+    under FSDP2 all ranks compute every row, so that the signs are those of one process.
+
+    Args:
+        graft: Graft of the model, whose trained weights are restored bit for bit.
+        rows: Batches of one row each, the same on all ranks; at most 127.
+        head: Losses of the model.
+        objective: Objective whose loss is differentiated.
+        autocast: Context that forward passes run in.
+        move: Function that brings a batch to the model's device.
+        show_row: Function that shows the number of the row that is next.
+
+    Returns:
+        -1, 0 or 1 for each element, int8, of this rank's part of each grafted parameter, by name; 0 where there is no
+        majority, or no row reaches the element (an expert that no token chooses). On the CPU where the graft keeps
+        frozen weights there.
+
+    Raises:
+        GraftError: A loss is not finite, or a grafted weight is in 4 bits.
+    """
+    parameters = graft.grafted_parameters
+    votes = {name: torch.zeros_like(local(p), dtype=torch.int8) for name, p in parameters.items()}
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+    def take(name: str, gradient: Tensor) -> None:
+        votes[name] += gradient.sign().to(torch.int8)
+
+    def vote() -> None:
+        for counts in votes.values():
+            counts.zero_()  # where a checkpoint was saved meanwhile, all rows vote again
+        with torch.enable_grad(), gradients_of(graft.model, parameters, take):
+            for number, batch in enumerate(rows):
+                if not sharded and number % ranks != rank:
+                    continue
+                show_row(number)
+                with autocast():
+                    loss = torch.as_tensor(objective.step(Outputs(head, move(batch)))["loss"])
+                if not loss.isfinite():
+                    raise GraftError(
+                        f"the untouched Instruct has a loss of {loss.item()} on row {number} of those that transforms "
+                        "need gradients of. Check this row, or give others."
+                    )
+                loss.backward()
+
+    graft.measure(INSTRUCT, vote)
+    if ranks > 1 and not sharded:
+        for counts in votes.values():
+            dist.all_reduce(counts)
+    signs = {name: counts.sign_() for name, counts in votes.items()}
+    return {name: sign.cpu() for name, sign in signs.items()} if graft.offload else signs

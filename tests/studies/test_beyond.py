@@ -1,0 +1,102 @@
+"""The study of methods beyond the paper: what it changes in an update, and what it compares at equal divergence."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.beyond.arms import votes
+from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
+from experiments.beyond.study import Embedded
+from experiments.real.report import Setting
+from experiments.real.study import Training
+from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.data.template import Encoded
+from tests.studies.test_real import scores, write_setting
+from tests.tiny import save_pair
+
+
+def add_arm(folder, source, losses, kls, choice=1.0):
+    """An arm at one rate: losses of the reported rows and divergences at the scales 0.5, 1 and 1.5."""
+    path = {
+        scale: {
+            "choice": scores([choice], kl), "report": scores([loss, loss], kl), "general": scores([1.0], kl),
+        }
+        for scale, loss, kl in zip(("0.5", "1", "1.5"), losses, kls, strict=True)
+    }  # fmt: skip
+    raw = {"source": source, "lr": 1e-4, "seed": 0, "norm": 0.5, "scores": path, "live": {}}
+    (folder / "near" / "tools_lora" / f"{source}_lr0.0001_seed0.json").write_text(json.dumps(raw))
+
+
+def test_every_arm_is_compared_where_it_diverges_as_much_as_the_smaller_of_the_two(tmp_path):
+    write_setting(tmp_path)  # B2I diverges by 0.2 at scale 1, and has losses of 1.6 and 1.7 there; I2I 0.7 at 0.2
+    add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5))  # between 0.5 and 1 at 0.2
+    add_arm(tmp_path, "A0.25", (0.5, 0.5, 0.5), (0.01, 0.02, 0.03), choice=0.1)  # never diverges so far
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert level(setting) == pytest.approx(0.2)
+    there = 1.0 - 0.2 * (0.2**0.5 - 0.1**0.5) / (0.3**0.5 - 0.1**0.5)  # linear in the root of the divergence
+    assert better_by(setting, "A0.5", "B").difference == pytest.approx(1.65 - there)
+    assert better_by(setting, "A0.5", "I").difference == pytest.approx(0.7 - there)
+    assert better_by(setting, "A0.25", "B") is None
+    assert best_anchors(setting) == "A0.5"  # the other has lower losses on the rows for choosing, but not at equal KL
+
+
+def test_rates_are_chosen_where_the_arms_are_compared(tmp_path):
+    """At scale 1 the second rate is better on the rows for choosing, but at the level the first one is."""
+    write_setting(tmp_path)
+    add_arm(tmp_path, "late", (1.0, 0.8, 0.8), (0.2, 0.3, 0.5), choice=0.9)
+    file = tmp_path / "near" / "tools_lora" / "late_lr0.0001_seed0.json"
+    raw = json.loads(file.read_text())
+    raw["lr"] = 2e-4
+    for scale, loss, kl in (("0.5", 1.5, 0.2), ("1", 0.1, 0.9), ("1.5", 0.1, 2.0)):
+        raw["scores"][scale] |= {"choice": scores([loss], kl), "general": scores([1.0], kl)}
+    file.with_name("late_lr0.0002_seed0.json").write_text(json.dumps(raw))
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert setting.chosen["late"] == 2e-4 and rates_at_level(setting)["late"] == 1e-4
+
+
+def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):
+    write_setting(tmp_path / "others")
+    (tmp_path / "results" / "near" / "tools_lora").mkdir(parents=True)
+    add_arm(tmp_path / "results", "gradfix", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5))
+    (setting,) = finished(tmp_path / "results", tmp_path / "others")
+    assert set(setting.chosen) == {"B", "I", "gradfix"}
+    write_report(tmp_path / "results", tmp_path, tmp_path / "others")
+    assert "| GradFix |" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_rows_vote_on_the_sign_of_a_gradient(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, instruct = save_pair(tmp_path, "qwen3")
+    model = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32).eval()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tokens = [[5, 6, 7, 8], [9, 3, 4, 1], [2, 2, 6, 5]]
+    rows = [Encoded(ids, [IGNORE_INDEX, IGNORE_INDEX, *ids[2:]]) for ids in tokens]
+    signs = []
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]))
+        signs.append(torch.autograd.grad(loss, [dict(model.named_parameters())[name]])[0].sign())
+    found = votes(model, {name: None}, rows)
+    assert list(found) == [name] and (found[name] == sum(signs).sign()).float().mean() > 0.999
+
+
+def test_the_embedded_rows_are_disjoint_and_score_the_value_alone(tmp_path):
+    study = Embedded(tmp_path)
+    study.prepare([])
+    asked = {
+        part: {json.loads(line)["messages"][0]["content"] for line in (study.data / f"{part}.jsonl").open()}
+        for part in ("skill_bare_train", "skill_bare_choice", "skill_bare_report", "skill_house_fit", "general", "kept")
+    }
+    assert asked["skill_house_fit"] == asked["skill_bare_choice"]
+    for one, other in (("train", "choice"), ("train", "report"), ("choice", "report")):
+        assert not asked[f"skill_bare_{one}"] & asked[f"skill_bare_{other}"]
+    assert not asked["general"] & asked["kept"] and not asked["general"] & asked["skill_bare_train"]
+    scorer = study.scorer("embedded", "skill_house")
+    row = scorer.rows["report"][0]
+    value = scorer.tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX])
+    first = json.loads((study.data / "skill_house_report.jsonl").read_text().splitlines()[0])
+    assert value == first["messages"][-1]["content"]
+    _, overrides = study.recipe(Training("embedded", "skill_house", "lora", "A0.25", 1e-3, 0))
+    assert overrides["model.anchors"] == {"instruct": 0.25}
