@@ -45,7 +45,7 @@ class Training:
         home = folder / self.name
         kinds = {"grafted" if is_grafted(arm) else "tuned": arm for arm in arms if arm[0] == self.source}
         every, monitored = list(recipe.get("evaluation.evaluators") or ()), recipe.monitored()
-        awaited = [name for name in every if any(f"/{name}" in metric for metric in monitored)]
+        awaited = [name for name in every if any(f"/{name}/" in f"{metric}/" for metric in monitored)]
         monitors_evaluators = bool(awaited)
         evaluators = every if evaluators is None else [*evaluators, *(n for n in awaited if n not in evaluators)]
         own = {

@@ -105,6 +105,8 @@ def test_evaluators_that_the_report_does_not_need_do_not_run(recipe, tmp_path):
     ("val/tuned/loss", [False, ["tuned"], True]),
     ("graft/gain", [True, ["tuned"], True]),
     ("val/grafted/new/score", [True, ["tuned", "grafted"], False]),
+    ("graft/gain/new", [True, ["tuned", "grafted"], False]),
+    ("val/tuned/new_house/loss", [False, ["tuned"], True]),  # a validation set's
 ])  # fmt: skip
 def test_what_is_monitored_is_measured(recipe, tmp_path, monitor, expected):
     callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": monitor}}
