@@ -52,7 +52,8 @@ _CONSTANTS = frozenset(map(Fraction, (
 # fmt: on
 _WORD = re.compile(r"\b[A-Z][a-z]+\b")
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
-_WHOLE = re.compile(r"(?<![\w.,$€£/:%-])\d{1,3}(?![\w%/:-]|[.,]\d)")
+# Not where a sign belongs to the number: $5, 5$, #5, 5", 5°, 2*5.
+_WHOLE = re.compile(r"""(?<![\w.,$€£#"'′″’/:%*+=^-])\d{1,3}(?![\w$€£%°"'′″’/:*+=^-]|[.,]\d)""")
 _PER_CENT = re.compile(rf"({_NUMBER.pattern})\s*(?:%|per ?cent)")
 _STEP = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 _FINAL = re.compile(r"####\s*(-?[\d,.]+)\s*$")

@@ -96,6 +96,8 @@ def test_numbers_in_words_and_sentences_that_do_not_matter():
     assert (
         perturbed("words", {"question": "16 of 20% in 1,000 or 3.5?"})["question"] == "Sixteen of 20% in 1,000 or 3.5?"
     )
+    signs = """The 200$ for #7, 64", 6'2 and 3*5 or 30°."""
+    assert perturbed("words", {"question": signs}) is None
     assert [in_words(n) for n in (0, 20, 42, 100, 421)] == [
         "zero", "twenty", "forty-two", "one hundred", "four hundred twenty-one",
     ]  # fmt: skip
