@@ -318,11 +318,12 @@ def fit_on_disk(plan: DiskGraft, pair: ModelPair, options: FitScales, start: flo
     data = ShadowData(pair, validation={"rows": options.data, **keep})
     data.setup("validate")
     on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(plan.instruct.folder, dtype="auto" if on_gpu else torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(plan.instruct.folder, dtype="auto" if on_gpu else torch.float32)
     model.to("cuda" if on_gpu else "cpu").eval()
     rounding = {plan.instruct.tensors[name].converted(plan.dtype).dtype for name in plan.selected}
     dtype = rounding.pop() if len(rounding) == 1 else None
-    rows, *kept = [[one[i] for i in range(len(one))] for one in (data.dataset(f"val/{n}") for n in ("rows", *keep))]
+    sets: list[Any] = [data.dataset(f"val/{name}") for name in ("rows", *keep)]
+    rows, *kept = [[one[i] for i in range(len(one))] for one in sets]
     update = Delta.from_update(plan.update).only(plan.selected)
     return fit_scales(
         model, update, rows, options, kept[0] if kept else (), start=start, dtype=dtype, pad_token_id=data.pad_token_id
