@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,12 +54,24 @@ def read_gradient_rows(trainer: Trainer, module: ShadowModule, transforms: Itera
                 "to at most that, to an odd number if possible, so that there is a majority."
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # Of sets that this command doesn't read, and of evaluators, only the files can be compared.
+        unread = ("evaluation", *(() if trainer.testing else ("data.test",)))
+        for use in (each for each in uses_of(given.data, trainer) if each.startswith(unread)):
+            rank_zero_warn(
+                f"data: {given.data}, whose gradients {key} uses, is {use} too, so that the scores there favour this "
+                "graft. Give other rows."
+            )
         for other, count in data.overlap(_set_name(given)).items():
             if other != "train":
                 rank_zero_warn(
                     f"data: {given.data}, whose gradients {key} uses, shares {counted(count, 'sample')} token for "
                     f"token with {other}, so that the scores there favour this graft. Give other rows."
                 )
+
+
+def uses_of(source: str, trainer: Trainer) -> list[str]:
+    """Return the keys of the run's data and evaluators that read a source too."""
+    return [key for place, key in _uses(trainer) if place == _place(source)]
 
 
 def measure_signs(trainer: Trainer, module: ShadowModule, graft: LiveGraft, transforms: Iterable[Transforms]) -> None:
@@ -122,3 +135,21 @@ def _rows(trainer: Trainer, given: GradientRows) -> list[Batch]:
 
 def _show(trainer: Trainer, rows: int, number: int) -> None:
     show(trainer, f"gradients of the Instruct {number + 1}/{rows}")
+
+
+def _uses(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Where the rows of the run's data and evaluators are, and their keys."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for source in getattr(data, "train_sources", ()):
+        yield _place(source.path), "data.train"
+    for kind in ("validation", "test"):
+        for name, source in getattr(data, f"{kind}_sets", {}).items():
+            yield _place(source.path), f"data.{kind}.{name}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name, evaluator in getattr(callback, "evaluators", {}).items():
+            if isinstance(source := getattr(evaluator, "data", None), str):
+                yield _place(source), f"evaluation.evaluators.{name}.data"
+
+
+def _place(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
