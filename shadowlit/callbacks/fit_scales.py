@@ -23,6 +23,7 @@ from shadowlit.callbacks.scores import error_of_gain
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.errors import GraftError
 from shadowlit.files import replace_text
+from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of
 from shadowlit.grafting.subject import Subject
 from shadowlit.text import duration, number
@@ -90,6 +91,13 @@ def open_rows(trainer: Trainer, module: ShadowModule, options: FitScales) -> Non
         warn_of_shared_rows(trainer, key, "scores there are not independent of the scales")
 
 
+def require_groups(graft: LiveGraft, options: FitScales) -> None:
+    """Raise a GraftError if a tensor of the Instruct's files would have several scales."""
+    groups = {name: group_of(name, options.groups) for name in graft.grafted_parameters}
+    numbers = {group: float(number) for number, group in enumerate(groups.values())}
+    graft.in_files({name: numbers[group] for name, group in groups.items()})
+
+
 def fit_at_end(
     trainer: Trainer, module: ShadowModule, callback: GraftCallback, options: FitScales, subject: Subject
 ) -> FittedGraft:
@@ -108,11 +116,8 @@ def fit_at_end(
         rows, *keep = [list(loader) for loader in loaders]
     reduce_gradients(module.model, True)
     host = LiveScaledGraft(graft, subject)
-    groups = {name: group_of(name, options.groups) for name in host.parameters}
-    numbers = {group: float(number) for number, group in enumerate(groups.values())}
-    graft.in_files({name: numbers[group] for name, group in groups.items()})  # raises where a tensor has two of them
     calibration = Calibration(
-        host, options, rows, keep[0] if keep else [], module.head_losses(), objective=module.objective,
+        host, options, rows, keep[0] if keep else [], module.head_losses(),
         autocast=trainer.precision_plugin.val_step_context, move=trainer.strategy.batch_to_device,
     )  # fmt: skip
     steps = iter(range(options.steps + 1))
@@ -142,6 +147,7 @@ def _scores(
     fitted: Subject, lines: list[str],
 ) -> dict[str, float]:  # fmt: skip
     """Score the graft at one scale and with the fitted ones on the validation sets; add a line that compares them."""
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a finished training that was resumed has no loaders yet
     if not trainer.val_dataloaders or not callback.validate:
         lines.append("scales: not scored: there are no validation data, or graft.validate is false")
         return {}

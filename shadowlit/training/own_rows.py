@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
             f"{key} is read as the data module reads its own sets, but {type(data).__name__} has no extra_loader. Use "
             "ShadowData or a subclass."
         )
-    if (place := dict(_sources(trainer)).get(_place(source))) is not None:
-        raise GraftError(f"{key} is {source}, which is {place} too: {why}. Give rows of their own.")
+    if uses := uses_of(source, trainer):
+        raise GraftError(f"{key} is {source}, which is {' and '.join(uses)} too: {why}. Give rows of their own.")
     data.extra_loader(key, source)
 
 
@@ -46,13 +46,19 @@ def warn_of_shared_rows(trainer: Trainer, key: str, consequence: str) -> None:
         )
 
 
-def _sources(trainer: Trainer) -> Iterable[tuple[str, str]]:
+def uses_of(source: str, trainer: Trainer) -> list[str]:
+    """Return the keys of the run's data and evaluators that read a source too."""
+    return [key for place, key in _uses(trainer) if place == _place(source)]
+
+
+def _uses(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Where the rows of the run's data and evaluators are, and their keys."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for source in data.train_sources:
+    for source in getattr(data, "train_sources", ()):
         yield _place(source.path), "data.train"
-    for kind, sets in (("validation", data.validation_sets), ("test", data.test_sets)):
-        yield from ((_place(source.path), f"data.{kind}.{name}") for name, source in sets.items())
+    for kind in ("validation", "test"):
+        for name, source in getattr(data, f"{kind}_sets", {}).items():
+            yield _place(source.path), f"data.{kind}.{name}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name, evaluator in getattr(callback, "evaluators", {}).items():
             if isinstance(source := getattr(evaluator, "data", None), str):
