@@ -36,8 +36,8 @@ _PATIENCE_S = 10.0  # data workers of a killed process hold its lock for a momen
 # What may change when a run resumes, since it trains on the same data in the same way.
 _HARMLESS = (
     "run", "config", "ckpt_path", "weights_only", "checkpoint", "export", "predictions", "throughput", "data.test",
-    "graft.validate", "evaluation.subjects", "evaluation.last_only", "data.predict", "data.num_workers",
-    "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time", "trainer.profiler",
+    "graft.validate", "evaluation.subjects", "evaluation.last_only", "evaluation.only", "data.predict",
+    "data.num_workers", "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time", "trainer.profiler",
     "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.default_root_dir",
 )  # fmt: skip

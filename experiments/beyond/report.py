@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.beyond.arms import ANCHORS, CHANGED
-from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, shown
+from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, read_run, shown
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, paragraphs
 from shadowlit.studies.statistics import Interval
@@ -176,7 +175,7 @@ def find(results: Path, others: Path, pair: str, task: str, method: str) -> Sett
         return Setting(results, pair, task, method)
     setting = Setting(others, pair, task, method)
     files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
-    setting.runs += [Run(json.loads(file.read_text()), setting.instruct) for file in files]
+    setting.runs += [read_run(file, setting.instruct) for file in files]
     return setting
 
 

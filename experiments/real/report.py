@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.real.premise import AS_IS
+from experiments.real.reading import read_result
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, mean_text, paragraphs
 from shadowlit.studies.statistics import Interval, average, paired_bootstrap, spearman
@@ -156,20 +156,39 @@ class Run:
         return None
 
 
+def read_run(file: Path, instruct: Mapping[str, Rows]) -> Run:
+    """The run in a result file; a DataError that names the file if it is damaged."""
+
+    def checked(raw: Any) -> Run:
+        run = Run({**raw, "norm": float(raw["norm"]), "live": dict(raw["live"])}, instruct)
+        if not run.source or not all(np.isfinite([run.lr, run.seed, *map(run.learned, run.path)])):
+            raise ValueError("its source, rate, seed or scores are not such")
+        return run
+
+    return read_result(file, checked)
+
+
+def _untouched(raw: Mapping[str, Any]) -> dict[str, Rows]:
+    """The scores of an untouched model by set."""
+    found = {name: rows(values) for name, values in raw.items() if name != "initial"}
+    if not np.isfinite(per_token(found["report"])):
+        raise ValueError("its scores are not finite")
+    return found
+
+
 class Setting:
     """All results of one pair, task and method."""
 
     def __init__(self, results: Path, pair: str, task: str, method: str) -> None:
         self.pair, self.task, self.method = pair, task, method
-        self.untouched = json.loads((results / pair / f"{task}_untouched.json").read_text())
-        self.instruct, self.base = (
-            {name: rows(v) for name, v in self.untouched[who].items() if name != "initial"}
-            for who in ("instruct", "base")
+        file = results / pair / f"{task}_untouched.json"
+        self.untouched, self.instruct, self.base = read_result(
+            file, lambda raw: (raw, _untouched(raw["instruct"]), _untouched(raw["base"]))
         )
         cosines = results / pair / f"{task}_{method}_cosines.json"
-        self.cosines: dict[str, float] = json.loads(cosines.read_text()) if cosines.exists() else {}
+        self.cosines: dict[str, float] = read_result(cosines, dict) if cosines.exists() else {}
         files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
-        self.runs = [Run(json.loads(file.read_text()), self.instruct) for file in files]
+        self.runs = [read_run(file, self.instruct) for file in files]
 
     @property
     def name(self) -> str:
@@ -436,7 +455,7 @@ def _premise(settings: Sequence[Setting]) -> str:
 
 def _premise_on_copies(results: Path, pair: str) -> str:
     """Losses of the untouched models on rows and their copies, and how much a copy costs each of them."""
-    raw = json.loads((results / pair / "premise.json").read_text())
+    raw = read_result(results / pair / "premise.json", dict)
     lines = []
     for key in raw["base"]:
         form, shots, copy = key.split("/")
@@ -530,7 +549,7 @@ def write_report(results: Path, home: Path) -> None:
         parts += [f"## {setting.name}: {TASKS[setting.task]}", f"Chosen rates: {names}.", _scores(setting)]
         file = results / setting.pair / f"{setting.task}_{setting.method}_answers.json"
         if file.exists():
-            raw = json.loads(file.read_text())
+            raw = read_result(file, dict)
             answered.setdefault(setting.pair, raw)
             parts += [_GENERATED, _answers(raw)]
     for pair, raw in answered.items():

@@ -30,12 +30,14 @@ import torch
 
 from experiments.real.answers import answer_all
 from experiments.real.premise import measure
+from experiments.real.reading import read_result
 from experiments.real.report import choose_rates, write_report
 from experiments.real.rows import Row, files, write
 from experiments.real.score import Scorer, gradient_norm
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
+from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.kernels import slow_on_cpu
 from shadowlit.studies.trials.process import Job, failure, start
@@ -292,7 +294,7 @@ class Study:
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
         """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
         target = self.results / pair / f"{task}_{method}_cosines.json"
-        found = json.loads(target.read_text()) if target.exists() else {}
+        found = read_result(target, dict) if target.exists() else {}
         place = self.runs / "trainings" / pair / f"{task}_{method}"
         for one in sorted(place.glob("B_*-delta")):
             other = place / one.name.replace("B_", "I_", 1)
@@ -398,4 +400,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ShadowlitError as error:
+        sys.exit(f"error: {error}")

@@ -78,6 +78,7 @@ class EvaluationCallback(Callback):
         subjects: Models that the evaluators measure besides the untouched ones; without a graft only tuned.
         last_only: Whether the evaluators run only in the last validation of a fit, whatever their ``every``.
         variants: Names of graft.variants on which the evaluators run too.
+        only: Names of the evaluators that run; null for all.
 
     Attributes:
         due: Names of the evaluators that run in the running validation, or else ran in the last one.
@@ -94,6 +95,7 @@ class EvaluationCallback(Callback):
         subjects: list[Literal["tuned", "grafted"]] = ["tuned", "grafted"],  # noqa: B006
         last_only: bool = False,
         variants: list[str] | None = None,
+        only: list[str] | None = None,
     ) -> None:
         self.evaluators = dict(evaluators or {})
         if wrong := wrong_names("evaluation.evaluators", self.evaluators):
@@ -101,6 +103,13 @@ class EvaluationCallback(Callback):
         for name, evaluator in self.evaluators.items():
             if not hasattr(evaluator, "every"):
                 raise GraftError(f"evaluation.evaluators.{name} is {path_of(evaluator)}, but {WITHOUT_SUPER}.")
+        if unknown := [name for name in only or () if name not in self.evaluators]:
+            raise GraftError(
+                f"evaluation.only names {', '.join(unknown)}; evaluation.evaluators are "
+                f"{', '.join(self.evaluators) or 'none'}. Name some of them."
+            )
+        if only is not None:
+            self.evaluators = {name: each for name, each in self.evaluators.items() if name in only}
         self.scales = list(scales)
         self.baselines = baselines
         self.samples = samples

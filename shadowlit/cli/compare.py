@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shlex
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
+from shadowlit.masking import masked
 from shadowlit.progress import make_console
 from shadowlit.studies.comparison.plan import plan, rates_of_arms
 from shadowlit.studies.comparison.scoring import Measure, read_measures
@@ -72,6 +75,7 @@ def compare(
         threads: Threads of torch for each training; null for torch's own choice.
         dry_run: Only list the trainings.
     """
+    command = _command(locals())
     console = make_console()
     given = _listed(arms)
     recipe = Recipe(Path(fit), dict(overrides or {}), tuple(scales), tuple(task_scales))
@@ -106,11 +110,8 @@ def compare(
     from shadowlit.studies.trials.process import last_words, untouched_failed
     from shadowlit.studies.trials.trial import LOG
 
-    of_arms = rates_of_arms(given, own)
-    found = [recipe.untouched_job(folder)]
-    for training in trainings:
-        found.append(training.job(recipe, folder, [arm for arm, lrs in of_arms.items() if training.lr in lrs]))
-    measured = check_measured(list(found[1].arguments))
+    of_arms, planned = rates_of_arms(given, own), _seeds(seeds)
+    measured = check_measured(list(trainings[0].job(recipe, folder).arguments))
     scored, choosing = _logged("score", scored, measured), _logged("choose", choosing, measured)
     if gained is None:  # an agreement with the Instruct is no sign that something was learned
         able = [name for name, evaluator in measured.evaluators.items() if not evaluator.needs_reference]
@@ -121,6 +122,13 @@ def compare(
             f"no score says what is learned: {named} measures the agreement with the Instruct. Name another evaluator "
             "under --gain, or metrics of the validation under --score."
         )
+    of_metrics = [name.rpartition("/")[0] for name in (*scored, *choosing)]
+    agreements = [name for name, evaluator in measured.evaluators.items() if evaluator.needs_reference]
+    used = [name for name in measured.evaluators if name in (*gained, *kept, *of_metrics, *agreements)]
+    found = [recipe.untouched_job(folder, used)]
+    for training in trainings:
+        own_arms = [arm for arm, lrs in of_arms.items() if training.lr in lrs]
+        found.append(training.job(recipe, folder, own_arms, used))
     with own_folder(folder, recipe):
         metric, in_process = next(iter(scored), "loss"), not recipe.is_distributed()
         with StudyProgress("trainings", len(found), metric) as shown:
@@ -131,8 +139,11 @@ def compare(
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
         rows = collect(recipe, trainings, given, own, folder, line, [*scored])
         replace_text(folder / "records.json", to_json(rows))
-        described = Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own))
-        summary = summarise(rows, described, gain=gained, keep=kept, score=scored, choose=choosing, arms=given)
+        described = Description(title=title or Path(fit).stem, config=fit, command=command)
+        summary = summarise(
+            rows, described, gain=gained, keep=kept, score=scored, choose=choosing, arms=given, rates=of_arms,
+            seeds=planned, agreements=agreements,
+        )  # fmt: skip
         report = write(summary, folder / "report")
     console.print(f"report    {report}")
     if failed:
@@ -151,7 +162,7 @@ def _logged(option: str, metrics: Mapping[str, Measure], measured: Measured) -> 
     """The metrics by the names under which they are logged: of a single set without its name.
 
     Raises:
-        ShadowlitError: A metric is not logged by any validation.
+        ShadowlitError: A metric is not logged by any validation, or measures the agreement with the Instruct.
     """
     sets, known = measured.sets, [*sorted(measured.metrics)]
     if len(sets) > 1:
@@ -160,6 +171,11 @@ def _logged(option: str, metrics: Mapping[str, Measure], measured: Measured) -> 
     found = {}
     for given, measure in metrics.items():
         of, _, what = given.rpartition("/")
+        if of in measured.evaluators and measured.evaluators[of].needs_reference:
+            raise ShadowlitError(
+                f"--{option} names {given}: {of} measures the agreement with the Instruct, and not what is learned. "
+                f"Leave it out, or name {of} under --keep."
+            )
         name = what if sets == [of] else given
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -206,6 +222,16 @@ def _require_known(option: str, names: list[str], evaluators: list[str]) -> None
         )
 
 
-def _command(fit: str, arms: list[str], seeds: Any, rates: dict[str, list[float]]) -> str:
-    listed = ",".join(map(str, _listed(seeds)))
-    return f"shadowlit compare {fit} --arms {','.join(arms)} --seeds {listed} --rates '{json.dumps(rates)}'"
+def _command(options: Mapping[str, Any]) -> str:
+    """The command line with everything in it that isn't the default, and the arms and seeds; secrets are masked."""
+    words = ["shadowlit", "compare", str(options["fit"])]
+    for name, parameter in inspect.signature(compare).parameters.items():
+        value = options[name]
+        if name in ("fit", "workers", "threads", "dry_run"):  # which change nothing in the report
+            continue
+        if value != parameter.default or name in ("arms", "seeds"):
+            if isinstance(value, list) and not any(isinstance(each, float) for each in value):
+                value = ",".join(map(str, value))
+            text = value if isinstance(value, str) else json.dumps(masked(value))
+            words += [f"--{name}", text]
+    return shlex.join(words)

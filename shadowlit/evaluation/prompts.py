@@ -150,11 +150,12 @@ class PromptEvaluator(Evaluator, Generic[Item]):
         """Draw the examples: the same ones for every question and model, none of them a question that is asked."""
         if self.few_shot_data is None:
             return ()
-        asked = set(read_items(self.data, None, lambda _, columns: self._question(columns)))
+        asked = set(read_items(self.data, None, lambda _, columns: _plain(self._question(columns))))
         pool = read_items(
             self.few_shot_data, None, lambda _, columns: (self._question(columns), self._example_answer(columns))
         )
-        others = [example for example in dict.fromkeys(pool) if example[0] not in asked]
+        first = {_plain(question): (question, answer) for question, answer in reversed(pool)}  # of each question
+        others = [first[key] for key in dict.fromkeys(_plain(question) for question, _ in pool) if key not in asked]
         if len(others) < self.few_shot:
             raise DataError(
                 f"few_shot is {self.few_shot}, but {self.few_shot_data} has {counted(len(others), 'row')} with a "
@@ -204,6 +205,11 @@ class PromptEvaluator(Evaluator, Generic[Item]):
     @abstractmethod
     def _metrics(self, sums: dict[str, float], num_answers: float) -> dict[str, float]:
         """Further metrics, from the sums over all rows."""
+
+
+def _plain(question: str) -> str:
+    """A question by which it is recognised whatever its white space and capitals are."""
+    return " ".join(question.split()).casefold()
 
 
 def context_length(pair: ModelPair, max_length: int | None) -> int | None:

@@ -64,6 +64,17 @@ class Factors:
 
 
 def joined(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Return ``Σ w_k up_k @ down_k`` as factors whose rank is the sum of theirs."""
-    scaled = [weight * one.up for one, weight in zip(factors, weights, strict=True)]
-    return Factors(torch.cat(scaled, 1), torch.cat([one.down for one in factors]))
+    """Return ``Σ w_k up_k @ down_k`` as factors whose rank is the sum of theirs.
+
+    Those with equal ``down`` share it, so that a matrix minus itself is exactly zero.
+    """
+    ups: list[Tensor] = []
+    downs: list[Tensor] = []
+    for one, weight in zip(factors, weights, strict=True):
+        known = next((i for i, down in enumerate(downs) if torch.equal(down, one.down)), None)
+        if known is None:
+            ups.append(weight * one.up)
+            downs.append(one.down)
+        else:
+            ups[known] = ups[known] + weight * one.up
+    return Factors(torch.cat(ups, 1), torch.cat(downs))

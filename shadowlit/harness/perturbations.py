@@ -52,7 +52,9 @@ _CONSTANTS = frozenset(map(Fraction, (
 # fmt: on
 _WORD = re.compile(r"\b[A-Z][a-z]+\b")
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
-_WHOLE = re.compile(r"(?<![\w.,$€£/:%-])\d{1,3}(?![\w%/:-]|[.,]\d)")
+# Not where a sign belongs to the number: $5, 5$, #5, 5", 5°, 2*5.
+_WHOLE = re.compile(r"""(?<![\w.,$€£#"'′″’/:%*+=^-])\d{1,3}(?![\w$€£%°"'′″’/:*+=^-]|[.,]\d)""")
+_PER_CENT = re.compile(rf"({_NUMBER.pattern})\s*(?:%|per ?cent)")
 _STEP = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 _FINAL = re.compile(r"####\s*(-?[\d,.]+)\s*$")
 _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.!?][\"'”’)]*\s+(?=\S)")
@@ -167,6 +169,8 @@ def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]
     asked = set(_values(question))
     known = asked | _spoken(question) | {value / 100 for value in asked} | {1 + value / 100 for value in asked}
     known |= {1 - value / 100 for value in asked} | _CONSTANTS
+    rates = given.keys() & {_value(match[1]) for match in _PER_CENT.finditer(question)}
+    shares = {share for rate in rates for share in (rate / 100, 1 + rate / 100, 1 - rate / 100)}
     changes, results = dict(given), set[Fraction]()
     new_values = set(given.values())
     for expression, stated in _STEP.findall(solution):
@@ -174,7 +178,9 @@ def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]
         result = _values(stated)
         if old is None or len(result) != 1 or result[0] != old or any(v not in known | results for v in operands):
             return None
-        # A share such as 1.5 may be 150 per cent of the question: it doesn't change with it.
+        # A share such as 1.5 may be 150 per cent of the question, or 50 more: it doesn't change with it.
+        if any(v in shares - asked - results for v in operands):
+            return None
         if any(v not in asked | results | _CONSTANTS and v * 100 in changes for v in operands):
             return None
         new = _computed(expression, changes)

@@ -55,8 +55,10 @@ class Change:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the difference over rows, by the normal approximation; None for a single row."""
-        if self.difference.stderr is None:
+        """95 % interval of the difference over rows, by the normal approximation; None for a single row, or where all
+        rows differ by as much, of which it says nothing.
+        """
+        if not self.difference.stderr:
             return None
         reach = _TWO_SIDED * self.difference.stderr
         return self.difference.value - reach, self.difference.value + reach

@@ -83,7 +83,7 @@ def _change(one: Perturbed, letter: str, found: Evaluation) -> tuple[str, ...]:
     changed = change(one, [score for suite in found.suites for score in suite.tasks])
     if changed is None:
         return (one.task, one.kind, letter, count, "–", "–", "–", "–")
-    interval = "–"
+    interval = "–" if changed.difference.stderr is None else "none: the same on all rows"
     if changed.interval is not None:
         interval = f"{changed.interval[0]:+.4f} to {changed.interval[1]:+.4f}".replace("-", "−")
     return (

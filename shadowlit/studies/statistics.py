@@ -112,7 +112,7 @@ def seeds_interval(differences: Sequence[float]) -> Interval:
 
 
 def exact_interval(difference: float, num_rows: int, level: float = 0.95) -> tuple[float, float]:
-    """Ends of the interval of a difference of two proportions that is -1, 0 or 1 on every one of ``num_rows`` rows.
+    """Ends of the interval of a difference of two proportions that is -1, 0 or 1, the same on all ``num_rows`` rows.
 
     It is that of the rate of rows on which the two differ. If none of ``N`` rows does, the rate lies below
     ``1 - ((1 - level) / 2)^(1/N)``, and if all do, above ``((1 - level) / 2)^(1/N)`` (Clopper and Pearson, Biometrika

@@ -532,6 +532,10 @@ def test_what_cannot_be_is_told_before_the_training(tmp_path, folders, files):
         assert told in str(error.value)
     with pytest.raises(DataError, match="compares with the Instruct, which needs a GraftCallback"):
         fit(tmp_path, folders, callbacks=[EvaluationCallback({"f": Divergence(files["talks"])})])
+    chosen = EvaluationCallback({"p": Probe(), "q": Probe()}, only=["q"])
+    assert list(chosen.evaluators) == ["q"]
+    with pytest.raises(GraftError, match=r"evaluation\.only names r; evaluation\.evaluators are p\. Name some"):
+        EvaluationCallback({"p": Probe()}, only=["r"])
     with pytest.raises(GraftError, match="is listed before GraftCallback"):
         fit(tmp_path, folders, callbacks=[EvaluationCallback({"p": Probe()}), GraftCallback()])
 

@@ -126,6 +126,10 @@ def test_factors_are_stored_and_read_as_what_they_are(tmp_path):
     assert not a.map(lambda name, tensor: tensor * 2).factored  # a transform's result is no product
     assert total.save(tmp_path / "sum", torch.float32) == 0 and set(Delta.open(tmp_path / "sum").factored) == {"w"}
     assert not (total + a * 0 + b * 0).only(["d"]).factored
+    nothing = weighted_sum([a, b, a, b], [2, -1, -2, 1])
+    nothing.save(tmp_path / "zero", torch.float32)  # which is zero also once it is multiplied out
+    assert (a + a).factored["w"]().rank == 3
+    assert not Delta.open(tmp_path / "zero").changes("w")
 
 
 def test_products_larger_than_the_matrix_are_stored_dense(tmp_path):

@@ -91,6 +91,19 @@ def test_examples_follow_from_the_seed_and_count_in_the_signature(tmp_path):
     assert prompt(few_shot=3)[1] != prompt(few_shot=2)[1]
 
 
+def test_a_question_is_recognised_in_another_spelling_and_shown_once(tmp_path):
+    pool = [{"question": "Add  1 and 1.\n", "answer": "2"}, {"question": "Add 3 and 3.", "answer": "6"},
+            {"question": "add 3 and 3.", "answer": "six"}]  # fmt: skip
+    files = {
+        "data": write_rows(tmp_path / "a.jsonl", [{"question": "add 1 and 1.", "answer": "2"}]),
+        "few_shot_data": write_rows(tmp_path / "b.jsonl", pool),
+    }
+    found = items(Generation(answer="answer", chat=False, few_shot=1, **files))
+    assert found[0].prompt == "Add 3 and 3. 6\n\nadd 1 and 1."
+    with pytest.raises(DataError, match=r"has 1 row with a question that is not in"):
+        items(Generation(answer="answer", few_shot=2, **files))
+
+
 def test_questions_that_are_asked_are_no_examples(files):
     for seed in range(5):
         found = items(Generation(answer="answer", chat=False, few_shot=1, few_shot_seed=seed, limit=1, **files))

@@ -5,9 +5,11 @@ import re
 
 import pytest
 
+from shadowlit.harness.models import Evaluation
 from shadowlit.harness.perturbations import PERTURBATIONS, in_words, perturb
 from shadowlit.harness.perturbed import Perturbed, change
-from shadowlit.harness.suites import Score, TaskScore
+from shadowlit.harness.report import make_report
+from shadowlit.harness.suites import Score, SuiteScore, TaskScore
 
 DUCKS = {
     "question": "Janet has 16 ducks and 30 geese. Mr. Bob eats three of them and sells the rest to Janet's son for "
@@ -63,6 +65,20 @@ def test_numbers_stay_where_the_solution_cannot_be_recomputed(old, new):
     assert perturbed("numbers", {"question": "What is 16 and 17?", "answer": "33"}) is None
 
 
+@pytest.mark.parametrize("share", [0.22, 1.22, 0.78, 0.25])
+def test_a_rate_that_a_solution_also_uses_as_a_share_stays(share):
+    """The share would not change with it; 1/4 could also be a constant."""
+    rate = 25 if share == 0.25 else 22
+    part, left = 50 * share, 190 - rate
+    row = {
+        "question": f"A coat costs $50 before {rate}% tax. How much is the tax, and 190 less the rate?",
+        "answer": f"<<190-{rate}={left}>>\n<<50*{share}={part:g}>>\n<<{left}+{part:g}={left + part:g}>>\n"
+        f"#### {left + part:g}",
+    }
+    copies = [perturbed("numbers", row, seed) for seed in range(5)]
+    assert any(copies) and all(f"before {rate}% tax" in copy["question"] for copy in copies if copy)
+
+
 def test_a_number_that_is_told_twice_stays():
     row = {
         "question": "Ann has 16 red and 16 blue pens and 21 caps. How many things?",
@@ -80,6 +96,8 @@ def test_numbers_in_words_and_sentences_that_do_not_matter():
     assert (
         perturbed("words", {"question": "16 of 20% in 1,000 or 3.5?"})["question"] == "Sixteen of 20% in 1,000 or 3.5?"
     )
+    signs = """The 200$ for #7, 64", 6'2 and 3*5 or 30°."""
+    assert perturbed("words", {"question": signs}) is None
     assert [in_words(n) for n in (0, 20, 42, 100, 421)] == [
         "zero", "twenty", "forty-two", "one hundred", "four hundred twenty-one",
     ]  # fmt: skip
@@ -104,3 +122,7 @@ def test_the_difference_is_paired_by_row():
     assert found.difference.value == pytest.approx(-1 / 3) and found.difference.stderr == pytest.approx(1 / 3)
     assert found.interval == (pytest.approx(-1 / 3 - 1.96 / 3), pytest.approx(-1 / 3 + 1.96 / 3))
     assert change(one, [old]) is None
+    same = score("t_names", {0: 1.0, 1: 1.0, 2: 0.0})
+    assert change(one, [old, same]).interval is None  # not one of zero width
+    row = make_report([Evaluation("m", True, (SuiteScore(None, (old, same)),), {}, {})], [one]).perturbed[0]
+    assert row[-2:] == ("+0.0000 ± 0.0000", "none: the same on all rows")

@@ -19,6 +19,7 @@ from experiments.real.report import (
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls
 from experiments.real.score import condense
+from shadowlit.errors import DataError
 
 
 def scores(losses, kl, tokens=10.0):
@@ -64,6 +65,19 @@ def test_rates_are_chosen_on_other_rows_and_arms_compared_at_equal_divergence(tm
     assert graft[:, 0] / graft[:, 1] == pytest.approx([1.6, 1.7])
     assert direct[:, 0] / direct[:, 1] == pytest.approx([0.5 + 0.2] * 2)
     assert advantage([(graft, direct)]).difference == pytest.approx(0.7 - 1.65)  # negative: the graft's loss is higher
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[: len(text) // 2], lambda text: text.replace("report", "other"), lambda text: "[]",
+    lambda text: text.replace('"norm"', '"name"').replace('"instruct"', '"nobody"'),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["near/tools_untouched.json", "near/tools_lora/I_lr0.0002_seed0.json"])
+def test_a_damaged_result_is_named(tmp_path, damage, name):
+    write_setting(tmp_path)
+    file = tmp_path / name
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(DataError, match=rf"{name} is damaged \(\w+.*\)\. Restore it, or remove it"):
+        Setting(tmp_path, "near", "tools", "lora")
 
 
 def test_the_path_is_linear_in_the_root_of_the_divergence_and_begins_at_the_instruct(tmp_path):

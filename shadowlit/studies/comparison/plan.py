@@ -33,18 +33,23 @@ class Training:
         """
         return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)
 
-    def job(self, recipe: Recipe, folder: Path, arms: Sequence[str] = TUNED) -> Job:
+    def job(
+        self, recipe: Recipe, folder: Path, arms: Sequence[str] = TUNED, evaluators: Sequence[str] | None = None
+    ) -> Job:
         """Return the job that runs it in a folder of its own in the comparison's ``folder``, and measures these of its
-        arms.
+        arms by these evaluators, None for all.
 
         Evaluators run at the end, on the models of these arms alone, and grafts are validated for grafted arms alone,
         without variants, unless a callback monitors what would be left out.
         """
         home = folder / self.name
         kinds = {"grafted" if is_grafted(arm) else "tuned": arm for arm in arms if arm[0] == self.source}
-        evaluators, monitored = list(recipe.get("evaluation.evaluators") or ()), recipe.monitored()
-        monitors_evaluators = any(f"/{name}" in metric for name in evaluators for metric in monitored)
+        every, monitored = list(recipe.get("evaluation.evaluators") or ()), recipe.monitored()
+        awaited = [name for name in every if any(f"/{name}/" in f"{metric}/" for metric in monitored)]
+        monitors_evaluators = bool(awaited)
+        evaluators = every if evaluators is None else [*evaluators, *(n for n in awaited if n not in evaluators)]
         own = {
+            **recipe.chosen(evaluators),
             **({} if any("/grafted@" in metric for metric in monitored) else WITHOUT_VARIANTS),
             "graft.validate": "grafted" in kinds or any("graft" in metric for metric in monitored),
             "evaluation.subjects": ["tuned", "grafted"] if monitors_evaluators else sorted(kinds),

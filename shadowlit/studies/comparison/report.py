@@ -358,7 +358,7 @@ def _spoken_row(standing: Standing) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def score_text(found: Average, measure: Measure = SHARE) -> str:

@@ -89,7 +89,9 @@ def run(
     judged = {job.name: [prefix + metric for prefix in (*job.measures, "val/grafted/")] for job in found}
     for job in found:
         if is_finished(folder / job.name) and not is_measured(job, folder / job.name):
-            log.warning("%s runs again, since an arm that is requested now was not measured then", job.name)
+            log.warning(
+                "%s runs again, since an arm or an evaluator that is requested now was not measured then", job.name
+            )
             discard(folder / job.name)
     waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:

@@ -140,9 +140,10 @@ class Scoring:
 
     @property
     def sharing(self) -> tuple[str, ...]:
-        """The reported metrics whose rows have a say in the choice too."""
+        """The reported scores whose rows have a say in the choice too."""
         choosing = [set_of(name) for name in (self.choose or [n for n in self.mean if n in self.metrics])]
-        return tuple(n for n in self.metrics if any(of == set_of(n) or "" in (of, set_of(n)) for of in choosing))
+        metrics = tuple(n for n in self.metrics if any(of == set_of(n) or "" in (of, set_of(n)) for of in choosing))
+        return metrics + tuple(name for name in self.evaluators if name in choosing)
 
     def value(self, row: Row, name: str, half: Literal["selection", "reported"]) -> float:
         """Return a row's score; an evaluator's is the mean over one half, NaN if a sample lacks its score."""

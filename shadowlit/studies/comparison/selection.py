@@ -53,9 +53,11 @@ def scored(rows: Sequence[Row], scoring: Scoring) -> list[Row]:
     return result
 
 
-def standings(rows: Sequence[Row]) -> list[Standing]:
-    """Return the standing of every arm at every rate and scale; all of them are expected to have all seeds."""
-    names, expected = metric_names(rows), len(seeds_of(rows))
+def standings(rows: Sequence[Row], num_seeds: int | None = None) -> list[Standing]:
+    """Return the standing of every arm at every rate and scale; all of them are expected to have ``num_seeds`` seeds,
+    by default as many as any tuned arm has.
+    """
+    names, expected = metric_names(rows), len(seeds_of(rows)) if num_seeds is None else num_seeds
     groups = [(found[0].arm, found) for found in by_place(rows)]
     return [standing_of(arm, found, names, 1 if arm in UNTOUCHED else expected) for arm, found in groups]
 

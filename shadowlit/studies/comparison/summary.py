@@ -138,6 +138,9 @@ def summarise(
     score: Mapping[str, Measure] = MappingProxyType({}),
     choose: Mapping[str, Measure] = MappingProxyType({}),
     arms: Sequence[str] = TUNED,
+    rates: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    seeds: Sequence[int] = (),
+    agreements: Sequence[str] = (),
 ) -> Report:
     """Compare the arms by what they should learn and what they should keep.
 
@@ -152,6 +155,9 @@ def summarise(
         score: Metrics of the last validation, of what is to be learned.
         choose: Metrics whose mean chooses the rates; empty for the scores themselves.
         arms: Arms that were asked for; rows of others are left out.
+        rates: Learning rates of each arm that were asked for, which may lack a finished training.
+        seeds: Seeds that were asked for, likewise.
+        agreements: Evaluators that compare with the Instruct; those that log an ``agreement`` needn't be named.
 
     Raises:
         DataError: Two rows are of the same arm, rate, seed and scale; a score is named twice; nothing has scores.
@@ -167,7 +173,11 @@ def summarise(
         keep,
         {name: measure for name, measure in score.items() if name not in unscored},
         {name: measure for name, measure in choose.items() if name not in unscored},
-        frozenset(name for name in (*gain, *keep) if any(f"{name}/agreement" in row.metrics for row in rows)),
+        frozenset(
+            name
+            for name in (*gain, *keep)
+            if name in agreements or any(f"{name}/agreement" in row.metrics for row in rows)
+        ),
         {name: halves_of(rows, name) for name in (*gain, *keep) if name not in score},
     )
     if not scoring.mean:
@@ -178,7 +188,8 @@ def summarise(
         )
     shown = _shown_metrics(rows, scoring)
     rows = sorted(_complete(scored(rows, scoring), scoring.whole), key=_order)
-    seeds, grid = seeds_of(rows), standings(rows)
+    found, seeds = seeds_of(rows), sorted({*seeds, *seeds_of(rows)})
+    grid = standings(rows, len(seeds))
     choices = {arm: choice for arm in asked if (choice := choose_rate(grid, arm, scoring.choice))}
     chosen = {s.arm: s for s in grid if s.arm in UNTOUCHED} | {arm: choice.best for arm, choice in choices.items()}
     own, names = _chosen(rows, chosen), metric_names(rows)
@@ -202,8 +213,8 @@ def summarise(
         lines=tuple(standing for standing in grid if any(standing[f"line/{scale:g}"].count for scale in scales)),
         line_scales=tuple(scales),
         costs=_costs(rows),
-        notes=tuple(_notes(choices, seeds, unscored, scoring)),
-        missing=tuple(_missing(rows, asked, scoring, seeds)),
+        notes=tuple(_notes(choices, found, unscored, scoring)),
+        missing=tuple(_missing(rows, asked, scoring, rates, seeds)),
     )
 
 
@@ -306,7 +317,7 @@ def _compare(a: str, b: str, chosen: Mapping[str, Sequence[Row]], scoring: Scori
 
 def _intervals(pairs: Sequence[tuple[Row, Row]], scoring: Scoring) -> dict[str, Interval]:
     """The interval of every kind of score, from the rows of two arms by seed."""
-    differences, weights, is_binary = {}, {}, {}
+    differences, weights, is_constant = {}, {}, {}
     for name in scoring.names:
         num_rows = len(pairs[0][0].samples.get(name, {}))
         found = [scoring.rows(row, name, num_rows) for pair in pairs for row in pair]
@@ -314,7 +325,8 @@ def _intervals(pairs: Sequence[tuple[Row, Row]], scoring: Scoring) -> dict[str, 
         if len(known) == len(found) and all(np.array_equal(own, known[0][1]) for _, own in known):
             scores = np.stack([scores for scores, _ in known])
             differences[name], weights[name] = scores[::2] - scores[1::2], known[0][1]
-            is_binary[name] = bool(np.isin(scores, (0.0, 1.0)).all())
+            is_binary = np.isin(scores, (0.0, 1.0)).all()
+            is_constant[name] = bool(is_binary and (differences[name] == differences[name].flat[0]).all())
     by_rows = {what: names for what, names in scoring.groups.items() if all(name in differences for name in names)}
     intervals = {}
     if by_rows:
@@ -324,7 +336,7 @@ def _intervals(pairs: Sequence[tuple[Row, Row]], scoring: Scoring) -> dict[str, 
         if what not in intervals:
             key = f"reported/{what}"
             intervals[what] = seeds_interval([one.metrics[key] - other.metrics[key] for one, other in pairs])
-        elif intervals[what].is_degenerate and all(is_binary[name] for name in names):
+        elif intervals[what].is_degenerate and all(is_constant[name] for name in names):
             ends = [exact_interval(differences[name].flat[0], differences[name].shape[1]) for name in names]
             low, high = np.mean(ends, axis=0).tolist()
             intervals[what] = replace(intervals[what], low=low, high=high, exact=True)
@@ -377,13 +389,20 @@ def _notes(
     yield from (f"{name} is in no mean: {why}." for name, why in unscored.items())
 
 
-def _missing(rows: Sequence[Row], arms: Sequence[str], scoring: Scoring, seeds: Sequence[int]) -> Iterator[str]:
+def _missing(
+    rows: Sequence[Row],
+    arms: Sequence[str],
+    scoring: Scoring,
+    rates: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+) -> Iterator[str]:
     for arm in arms:
         own = [row for row in rows if row.arm == arm and row.is_whole]
         if not own:
             what = "no measurement" if arm in UNTOUCHED else "no finished training at scale 1"
             yield f"{arm}: {what}"
-        for lr in sorted({row.lr for row in own if row.lr is not None}):
+        asked = rates.get(arm, ()) if own else ()
+        for lr in sorted({*asked, *(row.lr for row in own if row.lr is not None)}):
             absent = sorted(set(seeds) - {row.seed for row in own if row.lr == lr})
             if absent:
                 yield f"{arm} at {lr:g}: no finished training of seed {', '.join(map(str, absent))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from shadowlit.errors import DataError
 from shadowlit.limits import load_yaml
 from shadowlit.masking import masked
+from shadowlit.studies.arms import UNTOUCHED
 from shadowlit.studies.rows import UNTOUCHED_TRIAL
 from shadowlit.studies.trials.process import Job
 
@@ -76,11 +77,19 @@ class Recipe:
         seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
         return self._arguments(folder, {**values, **swapped, **seeds})
 
-    def untouched_job(self, folder: Path) -> Job:
-        """Return the job that measures the untouched models once for all trainings of the study in a folder."""
+    def untouched_job(self, folder: Path, evaluators: Sequence[str] | None = None) -> Job:
+        """Return the job that measures the untouched models once for all trainings of the study in a folder, by some
+        of the evaluators; None for all.
+        """
         own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False, **WITHOUT_VARIANTS}
-        arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own})
-        return Job(UNTOUCHED_TRIAL, ("validate", *arguments))
+        arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own, **self.chosen(evaluators)})
+        measures = tuple(f"val/{who.lower()}/{name}/" for who in UNTOUCHED for name in evaluators or ())
+        return Job(UNTOUCHED_TRIAL, ("validate", *arguments), measures)
+
+    def chosen(self, evaluators: Sequence[str] | None) -> dict[str, Any]:
+        """Return the key by which only these evaluators run; nothing if all of the configuration's do."""
+        every = self.get("evaluation.evaluators") or ()
+        return {} if evaluators is None or set(every) <= {*evaluators} else {"evaluation.only": sorted(evaluators)}
 
     def identity(self) -> dict[str, Any]:
         """Return everything but the pair that must not change within a study; it is written, so secrets are masked."""

@@ -84,10 +84,29 @@ def test_a_training_measures_its_arms_alone(recipe, tmp_path):
     assert of("B", ["B2I", "B2B"])[0] == [True, ["grafted", "tuned"], True]
 
 
+def test_evaluators_that_the_report_does_not_need_do_not_run(recipe, tmp_path):
+    own = {"evaluation.evaluators": {"new": {}, "old": {}}}
+    recipe = Recipe(recipe.config, own)
+    job = Training("I", 1e-3, 0).job(recipe, tmp_path, ["I2I"], ["new"])
+    assert json.loads(told(job.arguments)["evaluation.only"]) == ["new"]
+    assert job.measures == ("val/tuned/", "val/tuned/new/")
+    untouched = recipe.untouched_job(tmp_path, ["new"])
+    assert json.loads(told(untouched.arguments)["evaluation.only"]) == ["new"]
+    assert untouched.measures == ("val/base/new/", "val/instruct/new/")
+    assert "evaluation.only" not in told(
+        Training("I", 1e-3, 0).job(recipe, tmp_path, ["I2I"], ["old", "new"]).arguments
+    )
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/tuned/old/kl"}}
+    watched = Recipe(recipe.config, {**own, "trainer.callbacks": [callback]})
+    assert "evaluation.only" not in told(Training("I", 1e-3, 0).job(watched, tmp_path, ["I2I"], ["new"]).arguments)
+
+
 @pytest.mark.parametrize(("monitor", "expected"), [
     ("val/tuned/loss", [False, ["tuned"], True]),
     ("graft/gain", [True, ["tuned"], True]),
     ("val/grafted/new/score", [True, ["tuned", "grafted"], False]),
+    ("graft/gain/new", [True, ["tuned", "grafted"], False]),
+    ("val/tuned/new_house/loss", [False, ["tuned"], True]),  # a validation set's
 ])  # fmt: skip
 def test_what_is_monitored_is_measured(recipe, tmp_path, monitor, expected):
     callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": monitor}}

@@ -201,6 +201,7 @@ def test_a_loss_on_one_set_chooses_the_rate_and_on_another_is_reported():
     assert "one with the lowest choice/loss, over seeds" in text and "report/loss (lower is better)" in text
     assert row(section(text, "Each arm at its chosen rate"), "B2I")[1:3] == ["1e-4", "3.0000 ± 0.0000"]
     assert "share rows" not in text and "chosen on other rows" in section(text, "To be kept in mind")
+    assert "of all rows: only choice/loss chooses." in text
     assert row(section(text, "All rates"), "B2I")[:4] == ["B2I", "1e-4", "2.1000 ± 0.0577", "3.0000 ± 0.0000"]
 
 
@@ -211,6 +212,12 @@ def test_a_choice_on_the_reported_rows_is_told(metric):
     text = render(report)
     assert f"The choice and {metric} share rows: the reported scores flatter the arms." in text
     assert "give a second validation set" in section(text, "To be kept in mind")
+
+
+def test_a_choice_by_all_rows_of_an_evaluator_that_is_reported_is_told():
+    found = [replace(r, metrics={**r.metrics, "new/score": 0.5}) for r in records()]
+    text = render(summarise(found, WHAT, gain=["new"], choose={"new/score": Measure()}))
+    assert "The choice and new share rows: the reported scores flatter the arms." in text
 
 
 def test_without_rows_the_interval_is_over_seeds():
@@ -260,6 +267,9 @@ def test_the_agreement_with_the_instruct_chooses_no_rate():
     assert standing["reported/mean"].mean == standing["reported/new/score"].mean
     assert standing["reported/keep"].mean == 0
     assert "forgetting measures the agreement" in section(render(report), "To be kept in mind")
+    own = [replace(r, metrics={k: v for k, v in r.metrics.items() if "agreement" not in k}) for r in found]
+    report = summarise(own, WHAT, gain=GAIN, keep=["forgetting"], agreements=["forgetting"])  # of a class of one's own
+    assert {arm: choice.best.lr for arm, choice in report.choices.items()} == dict.fromkeys(report.choices, 1e-3)
 
 
 def test_an_arm_that_was_not_asked_for_is_nowhere():
@@ -286,6 +296,27 @@ def test_rows_that_are_all_alike_have_an_exact_interval():
     assert (equal.low, equal.high) == (pytest.approx(-0.30850, abs=1e-5), pytest.approx(0.30850, abs=1e-5))
     assert (better.low, better.high) == (pytest.approx(0.69150, abs=1e-5), 1.0)
     assert (equal.sign, better.sign, equal.exact, better.exact) == (0, 1, True, True)
+
+
+def test_rows_whose_differences_cancel_over_seeds_have_no_interval():
+    """Not that of the first row, by which one arm would be better without any difference."""
+    right, left = {0: 0.0, 1: 1.0, 2: 0.0, 3: 0.0}, {0: 0.0, 1: 0.0, 2: 0.0, 3: 1.0}  # the odd rows are reported
+    found = [Row("Instruct", samples={"new": right})]
+    found += [trained("B2I", 1e-4, 0, samples={"new": right}), trained("B2I", 1e-4, 1, samples={"new": left})]
+    found += [trained("I2I", 1e-4, 0, samples={"new": left}), trained("I2I", 1e-4, 1, samples={"new": right})]
+    interval = told_of(found, keep=[]).comparisons[0].intervals["mean"]
+    assert (interval.difference, interval.sign, interval.exact, interval.is_degenerate) == (0, 0, False, True)
+
+
+def test_rates_and_seeds_without_any_finished_training_are_missing():
+    kept = [r for r in records(seeds=(0, 1)) if (r.arm, r.lr) != ("I2I", 1e-3)]
+    given = {"arms": ["B2I", "I2I"], "rates": dict.fromkeys(("B2I", "I2I"), (1e-4, 1e-3)), "seeds": (0, 1, 2)}
+    report = summarise(kept, WHAT, gain=GAIN, keep=KEEP, **given)
+    text = render(report)
+    assert "- I2I at 0.001: no finished training of seed 0, 1, 2" in section(text, "Missing")
+    assert "- B2I at 0.0001: no finished training of seed 2" in section(text, "Missing")
+    assert "(2 of 3)" in row(section(text, "Each arm at its chosen rate"), "B2I")[2]
+    assert "2 of 3 seeds" in section(text, "What the data say") and "There are 2 seeds" in text
 
 
 def test_an_arm_without_a_finished_training_is_missing_everywhere():

@@ -1,6 +1,7 @@
 """Comparisons for real: each training once, whatever is killed; records that say what the models did."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -139,7 +140,7 @@ def loss_by_hand(model, setting):
 
 
 def test_metrics_of_two_validation_sets_choose_and_are_reported(setting, tmp_path):
-    """Without any evaluator; and the intervals are over the rows, since these make the metric that was logged."""
+    """No evaluator scores; and the intervals are over the rows, since these make the metric that was logged."""
     lines = (setting / "rows.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("choice", lines[:3]), ("report", lines[3:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
@@ -147,10 +148,11 @@ def test_metrics_of_two_validation_sets_choose_and_are_reported(setting, tmp_pat
     records = run_compare(
         setting, tmp_path / "out", arms="B2I,I2I", gain=None, choose="val/grafted/choice/loss", task_scales=[],
         score="report/loss,report/sequence_accuracy,report/first_token_loss",
-        overrides={"evaluation.evaluators": {}, "data.validation": sets},
+        overrides={"data.validation": sets},
     )  # fmt: skip
     by_arm = {(r.arm, r.scale): r for r in records}
     for row in by_arm.values():
+        assert "said" not in row.samples and ("forgetting/kl" in row.metrics) == (row.scale != 0.5)
         losses, tokens = row.samples["report/loss"], row.samples["report/num_tokens"]
         assert len(losses) == 5
         first, answers = row.samples["report/first_token_loss"], row.samples["report/num_answers"]
@@ -159,6 +161,9 @@ def test_metrics_of_two_validation_sets_choose_and_are_reported(setting, tmp_pat
         mean = sum(losses[i] * tokens[i] for i in losses) / sum(tokens.values())
         assert mean == pytest.approx(row.metrics["report/loss"], rel=1e-6)
     text = (tmp_path / "out/report/REPORT.md").read_text()
+    again = re.search(r"Made by: `(.*)`", text)[1]
+    assert "--choose val/grafted/choice/loss" in again and "--score report/loss,report/sequence_accuracy" in again
+    assert all(word in again for word in ("--scales '[1.0, 0.5]'", "--overrides '{", "--arms B2I,I2I", "--seeds 0"))
     assert "lowest choice/loss" in text and "5 rows" in text and "share rows" not in text
     difference = by_arm["B2I", 1.0].metrics["report/loss"] - by_arm["I2I", None].metrics["report/loss"]
     assert f"{abs(difference):.4f}" in text.split("## Paired differences")[1]
@@ -204,7 +209,10 @@ def test_only_what_is_asked_for_is_measured_and_an_arm_that_is_added_runs_again(
     untouched = json.loads((out / "untouched/result.json").read_text())["metrics"]
     assert untouched["val/grafted@0.5/said/score"] == untouched["val/instruct/said/score"]
     records = run_compare(setting, out, arms="I2I,I2B", rates={"I2I": [2e-3]})
-    assert "I_lr0.002_seed0 runs again, since an arm that is requested now was not measured then" in caplog.text
+    assert (
+        "I_lr0.002_seed0 runs again, since an arm or an evaluator that is requested now was not measured then"
+        in caplog.text
+    )
     assert {(r.arm, r.scale) for r in records if r.seed == 0} == {("I2I", None), ("I2B", 1.0), ("I2B", 0.5)}
     assert all("said" in r.samples for r in records)
     again = json.loads((home / "result.json").read_text())["metrics"]
@@ -356,6 +364,8 @@ def test_an_interrupted_training_keeps_what_it_resumes_from(setting, tmp_path):
     ({"overrides": {"evaluation.evaluators": {}}}, r"has no evaluation\.evaluators"),
     ({"score": "other/loss"}, "--score names other/loss, which no validation logs; known are accuracy, "),
     ({"score": "loss", "choose": "loss,accuracy"}, "--choose names loss, accuracy, which have no common mean"),
+    ({"score": "forgetting/score"}, "--score names forgetting/score: forgetting measures the agreement"),
+    ({"score": "loss", "choose": "forgetting/stderr:lower"}, "--choose names forgetting/stderr: forgetting measures"),
     ({"gain": "forgetting"}, "no score says what is learned: forgetting measures the agreement"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_told_at_once(setting, tmp_path, options, message):
