@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.callbacks.fit_scales import FittedGraft, fit_at_end, open_rows, write_scales
+from shadowlit.callbacks.fit_scales import FittedGraft, fit_at_end, open_rows, require_groups, write_scales
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.variants import Choice, candidates, choose, criterion
@@ -130,7 +130,10 @@ class ExportCallback(Callback):
         on_first_rank(lambda: self._require_target(target, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise before the first step if a rank could not load the best checkpoint at the end."""
+        """Raise before the first step if scales can't be fitted, or a rank couldn't load the best checkpoint."""
+        if self.enabled and self._graft.fit_scales is not None:
+            assert isinstance(pl_module, ShadowModule)
+            require_groups(self._graft.build(pl_module), self._graft.fit_scales)
         if self.enabled and getattr(trainer.checkpoint_callback, "monitor", None):
             require_shared(trainer, "each loads the best checkpoint for the export")
 

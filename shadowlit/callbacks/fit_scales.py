@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,8 +21,9 @@ from torch import Tensor
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.scores import error_of_gain
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
-from shadowlit.errors import GraftError, counted
+from shadowlit.errors import GraftError
 from shadowlit.files import replace_text
+from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of
 from shadowlit.grafting.subject import Subject
 from shadowlit.text import duration, number
@@ -30,6 +31,7 @@ from shadowlit.training.bar import show
 from shadowlit.training.fit_scales import Calibration, LiveScaledGraft, require_fittable
 from shadowlit.training.head import evaluating
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.own_rows import read_own_rows, warn_of_shared_rows
 from shadowlit.training.parallel import reduce_gradients
 
 SCALES_FILE = "scales.json"
@@ -83,25 +85,17 @@ def open_rows(trainer: Trainer, module: ShadowModule, options: FitScales) -> Non
             "graft.fit_scales doesn't work with an adapter under FSDP2, which would gather the adapter's factors "
             "within the backward pass. Use DDP, full tuning, or fit the scales on disk (shadowlit graft --fit-scales)."
         )
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "extra_loader"):
-        raise GraftError(
-            f"graft.fit_scales reads its rows as the data module does, but {type(data).__name__} has no extra_loader. "
-            "Use ShadowData or a subclass."
-        )
-    taken = dict(_sources(trainer))
     for key, source in _rows(options).items():
-        if (place := taken.get(_place(source))) is not None:
-            raise GraftError(
-                f"{key} is {source}, which is {place} too: scales that are fitted to these rows would be measured on "
-                "them, or were trained on them. Give rows of their own."
-            )
-        data.extra_loader(key, source)
-        for other, count in data.overlap(key).items():
-            rank_zero_warn(
-                f"data: {key} shares {counted(count, 'sample')} token for token with {other}, so that scores there "
-                "are not independent of the scales. Remove these from one of the two."
-            )
+        why = "scales that are fitted to these rows would be measured on them, or were trained on them"
+        read_own_rows(trainer, key, source, why)
+        warn_of_shared_rows(trainer, key, "scores there are not independent of the scales")
+
+
+def require_groups(graft: LiveGraft, options: FitScales) -> None:
+    """Raise a GraftError if a tensor of the Instruct's files would have several scales."""
+    groups = {name: group_of(name, options.groups) for name in graft.grafted_parameters}
+    numbers = {group: float(number) for number, group in enumerate(groups.values())}
+    graft.in_files({name: numbers[group] for name, group in groups.items()})
 
 
 def fit_at_end(
@@ -122,11 +116,8 @@ def fit_at_end(
         rows, *keep = [list(loader) for loader in loaders]
     reduce_gradients(module.model, True)
     host = LiveScaledGraft(graft, subject)
-    groups = {name: group_of(name, options.groups) for name in host.parameters}
-    numbers = {group: float(number) for number, group in enumerate(groups.values())}
-    graft.in_files({name: numbers[group] for name, group in groups.items()})  # raises where a tensor has two of them
     calibration = Calibration(
-        host, options, rows, keep[0] if keep else [], module.head_losses(), objective=module.objective,
+        host, options, rows, keep[0] if keep else [], module.head_losses(),
         autocast=trainer.precision_plugin.val_step_context, move=trainer.strategy.batch_to_device,
     )  # fmt: skip
     steps = iter(range(options.steps + 1))
@@ -156,6 +147,7 @@ def _scores(
     fitted: Subject, lines: list[str],
 ) -> dict[str, float]:  # fmt: skip
     """Score the graft at one scale and with the fitted ones on the validation sets; add a line that compares them."""
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a finished training that was resumed has no loaders yet
     if not trainer.val_dataloaders or not callback.validate:
         lines.append("scales: not scored: there are no validation data, or graft.validate is false")
         return {}
@@ -204,20 +196,3 @@ def _rows(options: FitScales) -> dict[str, str]:
     """The sources of the rows by their keys."""
     keep = {} if options.keep is None else {"graft.fit_scales.keep.data": options.keep.data}
     return {"graft.fit_scales.data": options.data, **keep}
-
-
-def _sources(trainer: Trainer) -> Iterable[tuple[str, str]]:
-    """Where the rows of the run's data and evaluators are, and their keys."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for source in data.train_sources:
-        yield _place(source.path), "data.train"
-    for kind, sets in (("validation", data.validation_sets), ("test", data.test_sets)):
-        yield from ((_place(source.path), f"data.{kind}.{name}") for name, source in sets.items())
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for name, evaluator in getattr(callback, "evaluators", {}).items():
-            if isinstance(source := getattr(evaluator, "data", None), str):
-                yield _place(source), f"evaluation.evaluators.{name}.data"
-
-
-def _place(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source

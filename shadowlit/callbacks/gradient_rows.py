@@ -23,6 +23,7 @@ from shadowlit.training.gradient_signs import gradient_signs
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.outputs import Batch
+from shadowlit.training.own_rows import uses_of
 from shadowlit.training.parallel import reduce_gradients
 
 
@@ -53,6 +54,13 @@ def read_gradient_rows(trainer: Trainer, module: ShadowModule, transforms: Itera
                 "to at most that, to an odd number if possible, so that there is a majority."
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # Of sets that this command doesn't read, and of evaluators, only the files can be compared.
+        unread = ("evaluation", *(() if trainer.testing else ("data.test",)))
+        for use in (each for each in uses_of(given.data, trainer) if each.startswith(unread)):
+            rank_zero_warn(
+                f"data: {given.data}, whose gradients {key} uses, is {use} too, so that the scores there favour this "
+                "graft. Give other rows."
+            )
         for other, count in data.overlap(_set_name(given)).items():
             if other != "train":
                 rank_zero_warn(

@@ -87,6 +87,7 @@ class ShadowData(DataSettings, LightningDataModule):
         self.prompts: PromptDataset | None = None
         self._preparation = Preparation(self)
         self._sets: dict[str, TokenDataset | PreferenceDataset | ContextDataset] = {}
+        self._extra: dict[str, Given] = {}  # sources of those that are none of the configured sets
         self._packs: PackedOrder | None = None
         self._mixture: Mixture | None = None
         self._resume: dict[str, Any] | None = None
@@ -240,7 +241,7 @@ class ShadowData(DataSettings, LightningDataModule):
     def extra_loader(self, name: str, given: Given, batch_size: int | None = None) -> DataLoader:
         """Loader of every sample of a source that is none of the configured sets, once over all ranks.
 
-        It is read and tokenised at the first call, as a validation set is.
+        It is read and tokenised at the first call, as a validation set is, and again for another source.
 
         Args:
             name: Name of the set, which is also its key in messages.
@@ -250,17 +251,20 @@ class ShadowData(DataSettings, LightningDataModule):
         Raises:
             DataError: The source can't be read, or a row is malformed.
         """
-        if name not in self._sets:
+        if self._extra.get(name) != given:
             source = self._source(given, name)
             raise_all(self._wrong_sources)
             self._add(name, *self._preparation.samples(name, [source], "validation"))
+            self._extra[name] = given
         return self._eval_loader(name, batch_size=batch_size or self.batch_size)
 
     def overlap(self, name: str) -> dict[str, int]:
-        """Return how many samples of a set are, token for token, in each other set that was read and shares some."""
+        """Return how many samples of a set are, token for token, in each configured set that was read, if any are."""
         own = self.dataset(name).hashes()
         others = {n: one.sequences if isinstance(one, ContextDataset) else one for n, one in self._sets.items()}
-        counts = {n: int(np.isin(own, one.hashes()).sum()) for n, one in others.items() if n != name}
+        counts = {
+            n: int(np.isin(own, one.hashes()).sum()) for n, one in others.items() if n not in (name, *self._extra)
+        }
         return {n: count for n, count in counts.items() if count}
 
     def state_dict(self) -> dict[str, Any]:

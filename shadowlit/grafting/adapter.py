@@ -146,7 +146,7 @@ def why_not_movable(adapter: PeftConfig | None, transformed: bool, on_tuned: boo
         return f"With {settings} its update of the Instruct differs from that of the Base."
     if transformed:
         return (
-            "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "
+            "The exported graft transforms the update, so the adapter's factors do not give it; "
             "export.parts=[delta] and 'delta lora' make an adapter of it."
         )
     return None

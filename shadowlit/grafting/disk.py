@@ -55,7 +55,7 @@ class Scale:
 
     default: float = 1.0
     by_pattern: tuple[tuple[str, float], ...] = ()  # regular expressions, searched in the names; the first match counts
-    by_name: Mapping[str, float] = field(default_factory=dict)  # of all grafted tensors, or of none
+    by_name: Mapping[str, float] = field(default_factory=dict)  # of all tensors with an update, or of none
 
     @classmethod
     def parse(cls, text: str) -> Scale:
@@ -84,7 +84,7 @@ class Scale:
     def of(self, name: str) -> float:
         """Return the scale of tensor ``name``."""
         if self.by_name:
-            return self.by_name[name]
+            return self.by_name.get(name, self.default)
         for pattern, value in self.by_pattern:
             with bounded_matching(f"scale has {pattern!r}"):
                 if re.search(pattern, name):
@@ -224,7 +224,8 @@ class DiskGraft:
         """Give the graft another scale, before it is streamed.
 
         Raises:
-            GraftError: A pattern matches no grafted tensor, or scales by name are not those of the grafted tensors.
+            GraftError: A pattern matches no grafted tensor, or scales by name are not those of the grafted tensors;
+                they may lack those whose update is zero.
         """
         for pattern, _ in scale.by_pattern:
             with bounded_matching(f"scale has {pattern!r}"):
@@ -233,11 +234,14 @@ class DiskGraft:
                 raise GraftError(
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
-        if scale.by_name and (unequal := sorted(self.selected ^ scale.by_name.keys())):
-            raise GraftError(
-                f"the scales by name and the {len(self.selected)} grafted tensors differ in {some_of(unequal)}. Give a "
-                "scale for every grafted tensor and for no other: those of the same models and selection."
-            )
+        if scale.by_name:
+            lacking = filter(self.update.changes, sorted(self.selected - scale.by_name.keys()))
+            if unequal := [*sorted(scale.by_name.keys() - self.selected), *lacking]:
+                raise GraftError(
+                    f"the scales by name and the {len(self.selected)} grafted tensors differ in {some_of(unequal)}. "
+                    "Give a scale for every tensor with an update and for no other: those of the same models and "
+                    "selection."
+                )
         self._scale = scale
 
     @cached_property

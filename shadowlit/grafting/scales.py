@@ -10,12 +10,13 @@ kept: the inner product of a parameter's gradient with its update is one number.
 
     J(λ) = L(λ) + w · KL(λ) + pull · mean_g (λ_g − λ₀)²,
 
-where L is the training's loss per supervised token of the calibration rows, KL the divergence ``KL(graft ‖ Instruct)``
+where L is the cross entropy per supervised token of the calibration rows, KL the divergence ``KL(graft ‖ Instruct)``
 per supervised token of other rows, which the task should not change, and λ₀ the scale that the graft has otherwise (1
-in the paper). The scales start at λ₀ and take a few steps of Adam (arXiv 1412.6980), whose step size falls to zero
-along a line. A step moves every scale by about its step size, however small the derivative is; what the data say
-nothing about is kept near λ₀ by the pull alone. Of the scales that were visited, those with the lowest J are the
-result, so that it is never above J(λ₀). Imports no torch.
+in the paper). L is not the training's objective: the value of one that weighs tokens without a gradient (DFT, EAFT)
+also falls where the answers become unlikely, and would choose wrong scales. The scales start at λ₀ and take a few steps
+of Adam (arXiv 1412.6980), whose step size falls to zero along a line. A step moves every scale by about its step size,
+however small the derivative is; what the data say nothing about is kept near λ₀ by the pull alone. Of the scales that
+were visited, those with the lowest J are the result, so that it is never above J(λ₀). Imports no torch.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Measured:
     """What one pass over the calibration rows has measured.
 
     Attributes:
-        loss: Loss per supervised token.
+        loss: Cross entropy in nats per supervised token.
         kl: ``KL(graft ‖ Instruct)`` in nats per supervised token of the rows to keep; 0 without such rows.
         slopes: Derivative of ``loss + weight · kl`` by the scale of each group; empty if it wasn't asked for.
     """

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,11 @@ from shadowlit.grafting.adapter import adapted_layers
 from shadowlit.grafting.module import is_swapped
 from shadowlit.grafting.parameters import host_of, host_parameters, linear_names
 from shadowlit.grafting.selection import resolve
-from shadowlit.training.head import HeadLoss
+from shadowlit.training.anchors import KL_ROWS
+from shadowlit.training.head import HeadLoss, Inputs, Predictions
 from shadowlit.training.loading import load_for_training, stored_dtype
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.objectives.tokens import reverse_divergences
 from shadowlit.training.varlen import NAME as VARLEN
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,8 @@ class Memory:
         head: Tensors that output head and loss add, from the last hidden states on.
         anchored: With two anchors, copies while the Instruct's micro-batches are trained: of the trained weights, of
             frozen ones that the Instruct stores in another dtype, and of the gradients on the Base where the Instruct
-            gets several micro-batches.
+            gets several micro-batches, and with their divergence also of a trained head.
+        neutral: What a micro-batch of the divergence of two anchors holds more than one that is trained on.
         swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest update that is
             computed as a whole: of an adapter, or with transforms.
         scoring: Tensors that are alive in a simulated batch of a validation.
@@ -82,6 +86,7 @@ class Memory:
     activations: float
     head: float
     anchored: float
+    neutral: float
     swapped: float
     scoring: float
     offloaded: float
@@ -89,9 +94,9 @@ class Memory:
     @property
     def phases(self) -> dict[str, float]:
         """The peaks of a step, and of a grafted validation without the answers of evaluators."""
-        held = self.weights + self.moments + self.frozen
+        held, anchored = self.weights + self.moments + self.frozen, self.anchored + self.neutral
         return {
-            "training": held + self.gradients + self.buffers + self.activations + self.head + self.anchored,
+            "training": held + self.gradients + self.buffers + self.activations + self.head + anchored,
             "validation": held + self.swapped + self.scoring,
         }
 
@@ -128,11 +133,13 @@ def estimate(
     moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
     graft_bytes = _graft_bytes(model, graft, headers, module.start.weights is not None)
     frozen, saved, copied = (size / shards for size in graft_bytes)
-    aside = 0.0
-    if module.anchors is None or not module.anchors.highest:
+    anchors, aside = module.anchors, 0.0
+    if anchors is None or not anchors.loads_instruct:
         copied = 0.0
-    elif module.anchors.sets_aside(trainer["accumulate_grad_batches"]):
+    elif anchors.sets_aside(trainer["accumulate_grad_batches"]):
         aside = 4 * num_trained / shards
+    if anchors is not None and anchors.kl is not None and (head := host_of(model).get_output_embeddings()) is not None:
+        aside += num_bytes(p for p in head.parameters() if p.requires_grad)
     buffers = 4.0 * num_trained if trainer["sharing"] == "ddp" else 0.0
     if trainer["sharing"] == "fsdp":
         whole = trainer["accumulate_grad_batches"] > 1 and module.accumulates_whole
@@ -142,14 +149,18 @@ def estimate(
     length = -(-length // multiple) * multiple
     rows = data.batch_size * (2 if data.samples in PREFERENCES and data.packing != "best_fit" else 1)
     scored = max((each.longest for name, each in data.reports.items() if name.startswith("val/")), default=length)
-    batches = (rows, length), (data.eval_rows, scored)
     share = report.supervised_share if report else 1.0
-    peaks = _simulate(module, model, batches, share, data.packing is not None, precision, trainer["device"])
+    batches = {"training": (rows, length, share), "validation": (data.eval_rows, scored, share)}
+    if anchors is not None and anchors.kl is not None:
+        kept = data.reports.get(KL_ROWS)
+        longest, share = (kept.longest, kept.supervised_share) if kept else (data.max_length, 1.0)
+        batches["neutral"] = data.batch_size, -(-longest // multiple) * multiple, share
+    peaks = _simulate(module, model, batches, data.packing is not None, precision, trainer["device"])
     away = on_gpu and module.offload_optimizer, on_gpu and graft.offload
     return Memory(
         rows, length, num_trained,
         weights / shards, moments * (not away[0]), frozen * (not away[1]), 4 * num_trained / shards, buffers,
-        *peaks[:2], copied * (not away[1]) + aside, saved + 8 * largest / shards, peaks[2],
+        *peaks[:2], copied * (not away[1]) + aside, peaks[3], saved + 8 * largest / shards, peaks[2],
         moments * away[0] + (frozen + copied) * away[1],
     )  # fmt: skip
 
@@ -187,10 +198,11 @@ def num_bytes(tensors: Iterable[Tensor]) -> float:
 
 
 def _simulate(
-    module: ShadowModule, model: nn.Module, batches: tuple[tuple[int, int], tuple[int, int]], share: float, packs: bool,
-    precision: str, device: str,
-) -> tuple[float, float, float]:  # fmt: skip
-    """Peaks of a step without and in the head, and of a validation, in bytes; the model loses layers.
+    module: ShadowModule, model: nn.Module, batches: Mapping[str, tuple[int, int, float]], packs: bool, precision: str,
+    device: str,
+) -> tuple[float, float, float, float]:  # fmt: skip
+    """Peaks of a step without and in the head, of a validation, and of neutral rows above a step, in bytes; the model
+    loses layers.
 
     Only the first layers are simulated, up to where their kinds begin to repeat and once more: each further layer holds
     as much as one of the repetition.
@@ -199,7 +211,7 @@ def _simulate(
     parent, name, layers = _layers(model)
     kinds = getattr(host.config.get_text_config(), "layer_types", None) or [0] * len(layers)
     period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
-    found = []
+    found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in batches}
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
@@ -210,22 +222,26 @@ def _simulate(
             head = HeadLoss(model, way, torch.device(device))
             for count in (min(2 * period, len(layers)), period):
                 setattr(parent, name, layers[:count])
-                for training, (rows, length) in zip((True, False), batches, strict=True):
-                    shape = (1, rows * length) if packs and training else (rows, length)
-                    found.append(_run(model, head, shape, share, training, packs, precision))
+                for kind, (rows, length, share) in batches.items():
+                    packed = packs and kind == "training"
+                    shape = (1, rows * length) if packed else (rows, length)
+                    found[kind].append(_run(model, head, shape, share, kind, packed, precision))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         log.warning("plan: activations are not estimated, since the step can't be simulated (%s)", first_line(error))
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan, math.nan, math.nan
     more = max(0, len(layers) - 2 * period) / period
-    (step, in_head, after), (scored, in_scoring, _), (fewer, *_), (fewer_scored, *_) = found
-    activations, scoring = step + more * (step - fewer), scored + more * (scored - fewer_scored)
-    return activations + max(0.0, after - in_head), in_head, scoring + in_scoring
+    begins = {kind: one + more * (one - fewer) for kind, ((one, *_), (fewer, *_)) in found.items()}
+    (_, in_head, after), (_, in_scoring, _) = found["training"][0], found["validation"][0]
+    activations = begins["training"] + max(0.0, after - in_head)
+    neutral = begins["neutral"] + max(found["neutral"][0][1:]) if "neutral" in found else 0.0
+    return activations, in_head, begins["validation"] + in_scoring, max(0.0, neutral - activations - in_head)
 
 
 def _run(
-    model: nn.Module, head: HeadLoss, shape: tuple[int, int], share: float, training: bool, packs: bool, precision: str
+    model: nn.Module, head: HeadLoss, shape: tuple[int, int], share: float, kind: str, packs: bool, precision: str
 ) -> tuple[float, float, float]:
     """Bytes alive when the head begins, the most that it adds, and the most that the backward pass adds."""
+    training = kind != "validation"
     model.train(training)
     alive = Alive(model)
     at_head: list[float] = []
@@ -240,19 +256,26 @@ def _run(
         hooks.append(head.head.decoder.register_forward_hook(lambda *_: at_head.append(alive.now)))
     ids = torch.empty(shape, dtype=torch.int64)
     positions = torch.empty(max(1, round(ids.numel() * share)), dtype=torch.int64)
-    inputs = {"input_ids": ids} if packs and training else {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
+    inputs = {"input_ids": ids} if packs else {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
     computing: Any = nullcontext() if precision == "32-true" else torch.autocast("cpu", torch.bfloat16)
     with alive:
         with computing:
-            function = head.loss if training else head.token_losses
+            function: Any = head.loss if training else head.token_losses
+            if kind == "neutral":
+                known = head.predict(inputs, positions, None, live=True)
+                function = partial(_divergence, head, known)
             result: Any = function(inputs, positions, torch.empty_like(positions))
-        begins = at_head[0] if at_head else alive.now
+        begins = at_head[-1] if at_head else alive.now
         in_head, alive.peak = alive.peak - begins, alive.now
         if training:
             result.backward()
     for hook in hooks:
         hook.remove()
     return begins, in_head, (in_layers[0] if in_layers else alive.peak) - begins
+
+
+def _divergence(head: HeadLoss, known: Predictions, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+    return head.map_logits(inputs, positions, targets, reverse_divergences, known).sum()
 
 
 def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:

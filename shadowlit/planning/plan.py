@@ -40,7 +40,7 @@ from shadowlit.planning.memory import Memory, estimate
 from shadowlit.progress import make_console, make_table
 from shadowlit.status import StatusLine
 from shadowlit.text import count, number, size
-from shadowlit.training.anchors import require_steps
+from shadowlit.training.anchors import KL_ROWS, require_steps
 from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is reserved for its context and for fragmentation
@@ -48,10 +48,11 @@ _PARTS = {
     "weights": "weights", "moments": "moments of the optimizer", "frozen": "frozen weights of the pair",
     "gradients": "gradients", "buffers": "communication buffers of the ranks", "activations": "activations",
     "head": "output head and loss", "anchored": "copies while the Instruct trains",
+    "neutral": "micro-batch of the divergence",
     "swapped": "copy of the tuned weights while a graft is scored",
     "scoring": "activations and logits of a scored batch",
 }  # fmt: skip
-_PHASES = {"training": 8, "validation": 10}  # of each, where its own parts end
+_PHASES = {"training": 9, "validation": 11}  # of each, where its own parts end
 _HELD = 3  # the first parts are there in all phases
 
 
@@ -117,6 +118,8 @@ class Plan:
                 self.module.open_start(self.trainer["precision"])
             if self.module.anchors is not None:
                 require_steps(self.module.anchors, self.trainer["accumulate_grad_batches"])
+                if self.module.anchors.kl is not None:
+                    data.extra_loader(KL_ROWS, self.module.anchors.kl.data)
             if not data.train:
                 raise DataError("data.train is not set. Give the file to train on.")
             data.setup("fit")

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shadowlit.data.sampler import ShardedBatchSampler
 from shadowlit.distributed import local
 from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.grafting.adapter import dependence, stored_values
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.live import LiveGraft
-from shadowlit.grafting.subject import ANCHORED
+from shadowlit.grafting.scales import Keep
+from shadowlit.grafting.subject import ANCHORED, INSTRUCT
 from shadowlit.plugins import path_of
+from shadowlit.training.gradients import deterministic
+from shadowlit.training.head import Predictions
 from shadowlit.training.objectives import Objective
+from shadowlit.training.objectives.tokens import divergence_sums
+from shadowlit.training.outputs import Batch, Outputs
+from shadowlit.training.parallel import reduce_gradients
+from shadowlit.training.scoring import ScoringModule
+
+KL_ROWS = "model.anchors.kl.data"
+"""Key of the divergence's rows, and the name of their set."""
 
 
 @dataclass
 class Anchors:
     """Weights of the Base and the Instruct in a training that learns one update Δ on both.
 
-    ``L(Δ) = (1 - α) L(W_B + Δ) + α L(W_I + Δ)``. Each loss is the objective's mean over the micro-batches that the
-    model gets: in every optimizer step the Base gets the first ones, and the Instruct the last ones, ``α`` of all
-    rounded to whole ones, and at least one. The rounding changes how many tokens a loss is averaged over, and never its
-    weight. At 0 the training is that of the Base, and at 1 that of the Instruct.
+    ``L(Δ) = (1 - α) L(W_B + Δ) + α L(W_I + Δ) + w KL(W_I + Δ ‖ W_I)``. Each loss is the objective's mean over the
+    micro-batches that the model gets: in every optimizer step the Base gets the first ones, and the Instruct the last
+    ones, ``α`` of all rounded to whole ones, and at least one. The rounding changes how many tokens a loss is averaged
+    over, and never its weight. At 0 the training is that of the Base, and at 1 that of the Instruct. The divergence is
+    the mean over the supervised tokens of further rows, of which every step has one more micro-batch, whatever α is.
 
     Args:
         instruct: Weight α of the Instruct, between 0 and 1.
@@ -37,11 +51,14 @@ class Anchors:
             one.
         last: Share of the optimizer steps, at the end, in which the Instruct has a weight; before them it has none.
             Above 0, at most 1.
+        kl: Rows on whose answers the Instruct with the update should stay near the untouched Instruct, and the weight
+            w of the divergence in the loss; null for none.
     """
 
     instruct: float
     initial: float | None = None
     last: float = 1.0
+    kl: Keep | None = None
 
     def __post_init__(self) -> None:
         """Raise if a weight is out of its range."""
@@ -50,6 +67,11 @@ class Anchors:
             raise ShadowlitError(
                 f"model.anchors is {self}; expected instruct and initial between 0 and 1, and last above 0 and at most "
                 "1. Correct it, e.g. {instruct: 0.3}."
+            )
+        if self.kl is not None and not 0 < self.kl.weight < math.inf:
+            raise ShadowlitError(
+                f"model.anchors.kl.weight is {self.kl.weight}; expected a number above 0. Set kl to null to leave the "
+                "divergence out."
             )
 
     @property
@@ -63,13 +85,21 @@ class Anchors:
         return not (self.is_constant and self.instruct in (0, 1))
 
     @property
-    def highest(self) -> float:
-        """The largest weight of any step."""
-        return max(self.instruct, self.initial or 0.0)
+    def loads_instruct(self) -> bool:
+        """Whether there are steps that compute with the Instruct's weights."""
+        return self._highest > 0 or self.kl is not None
 
     def sets_aside(self, num_micro_batches: int) -> bool:
-        """Return whether there are steps in which the gradients on the Base wait for several micro-batches."""
-        return self.mixes and num_micro_batches > 2 and self.highest * num_micro_batches >= 1.5
+        """Return whether there are steps in which gradients wait for several micro-batches: those on the Base, or those
+        of the divergence.
+        """
+        alone = self.last < 1 or bool({self.instruct, self.initial} & {0, 1})  # steps of one model
+        of_kl = self.kl is not None and alone and num_micro_batches > 1
+        return of_kl or (self.mixes and num_micro_batches > 2 and self._highest * num_micro_batches >= 1.5)
+
+    @property
+    def _highest(self) -> float:
+        return max(self.instruct, self.initial or 0.0)
 
     def weight(self, step: int, total: int) -> float:
         """Return α in an optimizer step, counted from 0, of a training of ``total`` steps."""
@@ -91,6 +121,11 @@ class Parts(NamedTuple):
     num_base: int
     num_instruct: int
     weight: float
+
+    @property
+    def are_both(self) -> bool:
+        """Whether both models have micro-batches."""
+        return self.num_base > 0 and self.num_instruct > 0
 
 
 def parts_of_step(weight: float, num_micro_batches: int) -> Parts:
@@ -133,34 +168,49 @@ def at_least_one(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, 1)
 
 
-class BasePart:
-    """What the micro-batches on the Base have added to an effective batch, set aside while the Instruct's are added.
+class FirstPart:
+    """What comes before the last part of an effective batch, set aside while the gradients of that part are added up.
 
-    The gradients ``G_B`` and ``G_I`` are of sums, and each has a count of its own to be divided by. The second count is
-    known when the last micro-batch has computed its loss. Then ``(1 - α) / α · n_I / n_B · G_B`` is added to what there
-    is of ``G_I``, before the last backward pass and the sum over ranks; after them ``α / n_I`` times all of it is the
-    gradient of ``(1 - α) L(W_B + Δ) + α L(W_I + Δ)``.
+    The last part are the micro-batches on the Instruct, or all of them in a step of one model. Before it come those on
+    the Base, if there are both, and the divergence's. The gradients ``G_B`` and ``G_I`` of the two models are of sums,
+    and each has a count of its own to be divided by. The second count is known when the last micro-batch has computed
+    its loss. Then ``(1 - α) / α · n_I / n_B · G_B`` is added to what there is of ``G_I``, before the last backward pass
+    and the sum over ranks; after them ``α / n_I`` times all of it is the gradient of ``(1 - α) L(W_B + Δ) + α L(W_I +
+    Δ)``. The divergence's gradient has been added to ``G_B`` with the factor ``w n_B / (1 - α)``; alone it is
+    multiplied by ``n``, the count by which all of it is divided at the end.
 
     Args:
-        weight: Weight α of the Instruct, above 0 and below 1.
-        sums: The objective's sums over the part, over all ranks.
+        weight: Weight α of the Instruct.
+        sums: The objective's sums over the micro-batches on the Base, over all ranks; None in a step of one model.
+        kl: The divergence per token, over all ranks; None without one.
+        kl_weight: Weight w of the divergence.
         optimizers: The trainer's optimizers, whose parameters have the gradients and lose them.
     """
 
-    def __init__(self, weight: float, sums: dict[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-        self.weight, self.sums = weight, sums
-        self.instruct: dict[str, Tensor] = {}  # sums over the other part, once it is whole
+    def __init__(
+        self,
+        weight: float,
+        sums: dict[str, Tensor] | None,
+        kl: Tensor | None,
+        kl_weight: float,
+        optimizers: Iterable[Optimizer],
+    ) -> None:
+        self.weight, self.sums, self.kl, self.kl_weight = weight, sums, kl, kl_weight
+        self.last: dict[str, Tensor] = {}  # sums over the last part, over all ranks, once it is whole
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
                 self._gradients.append((parameter, parameter.grad))
                 parameter.grad = None
 
-    def join(self, instruct: dict[str, Tensor]) -> None:
-        """Add the gradients that were set aside; ``instruct`` are the sums over the other part, over all ranks."""
-        self.instruct = instruct
-        counts = at_least_one(instruct["count"]) / at_least_one(self.sums["count"])
-        torch._foreach_mul_([local(grad) for _, grad in self._gradients], (1 - self.weight) / self.weight * counts)
+    def join(self) -> None:
+        """Add the gradients that were set aside, if the last part is whole."""
+        if not self.last:
+            return
+        factor: Any = at_least_one(self.last["count"])
+        if self.sums is not None:
+            factor = (1 - self.weight) / self.weight * (factor / at_least_one(self.sums["count"]))
+        torch._foreach_mul_([local(grad) for _, grad in self._gradients], factor)
         for parameter, grad in self._gradients:
             if parameter.grad is None:
                 parameter.grad = grad
@@ -168,9 +218,9 @@ class BasePart:
                 local(parameter.grad).add_(local(grad))
         self._gradients.clear()
 
-    def mixed(self) -> dict[str, Tensor]:
-        """The sums over both parts; see :func:`mixed_sums`."""
-        return mixed_sums(self.sums, self.instruct, self.weight)
+    def all_sums(self) -> dict[str, Tensor]:
+        """The sums over the effective batch; those of two models are combined by :func:`mixed_sums`."""
+        return self.last if self.sums is None else mixed_sums(self.sums, self.last, self.weight)
 
 
 @runtime_checkable
@@ -179,6 +229,32 @@ class HoldsGraft(Protocol):
 
     def build(self, pl_module: Any) -> LiveGraft:
         """Return the graft of the module's model."""
+
+
+class NeutralRows:
+    """The divergence's rows of every optimizer step, as a function of the seed and the step alone.
+
+    A step has ``data.batch_size`` rows per rank. They pass in a new order each time that all of them were used; rows
+    that don't fill a last batch are left out of this pass.
+
+    Args:
+        trainer: The trainer, whose data module has read the rows.
+        source: Source of the rows.
+    """
+
+    def __init__(self, trainer: Trainer, source: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        loader = data.extra_loader(KL_ROWS, source)
+        self._dataset, self._collate = loader.dataset, loader.collate_fn
+        size, ranks, count = data.batch_size, trainer.world_size, len(loader.dataset)
+        self._sampler = ShardedBatchSampler(
+            count, size, ranks, trainer.global_rank, data.seed, drop_last=count >= size * ranks
+        )
+
+    def __call__(self, step: int) -> Batch:
+        """Return this rank's rows of an optimizer step, counted from 0."""
+        indices = next(self._sampler.batches(*divmod(step, len(self._sampler))))
+        return self._collate([self._dataset[index] for index in indices])
 
 
 class AnchoredTraining:
@@ -197,6 +273,9 @@ class AnchoredTraining:
     def __init__(self, anchors: Anchors, trainer: Trainer, graft: LiveGraft) -> None:
         self._anchors, self._trainer, self._graft = anchors, trainer, graft
         self._total = 0 if anchors.is_constant else int(trainer.estimated_stepping_batches)
+        self._rows = None if anchors.kl is None else NeutralRows(trainer, anchors.kl.data)
+        self._kl_weight = 0.0 if anchors.kl is None else anchors.kl.weight
+        self._predictions: Predictions | None = None  # of the untouched Instruct, for the last neutral rows
 
     def require_exact(self) -> None:
         """Raise if the last step of an epoch has a single micro-batch for two anchors, or its size is unknown.
@@ -229,12 +308,38 @@ class AnchoredTraining:
         weight = self._anchors.weight(trainer.global_step, self._total)
         return number, parts_of_step(weight, int(min(every, size - (batch_idx - number))))
 
-    def load(self, batch_idx: int) -> float | None:
-        """Load the anchor of a micro-batch; return the Instruct's weight if this is its first one after the Base's."""
+    def first_part(
+        self, module: ScoringModule, batch_idx: int, take_sums: Callable[[], dict[str, Tensor]]
+    ) -> FirstPart | None:
+        """Set aside what comes before the last part of a step, when that begins with this micro-batch.
+
+        Args:
+            module: The module that trains.
+            batch_idx: Number of the micro-batch in its epoch.
+            take_sums: Function that returns the objective's sums since it was called before, over all ranks.
+
+        Returns:
+            What was set aside; None in every other micro-batch, and where nothing comes before.
+        """
+        number, parts = self.place(batch_idx)
+        if number != (parts.num_base if parts.are_both else 0) or not (parts.are_both or self._rows is not None):
+            return None
+        sums, factor = None, torch.ones((), device=module.device)
+        if parts.are_both:
+            sums = take_sums()
+            factor = at_least_one(sums["count"]) / (1 - parts.weight)
+        else:
+            module.zero_grad()  # of the step before, which Lightning does later
+        kl = None if self._rows is None else self._add_divergence(module, self._rows(self._trainer.global_step), factor)
+        return FirstPart(parts.weight, sums, kl, self._kl_weight, self._trainer.optimizers)
+
+    def load(self, batch_idx: int) -> None:
+        """Load the anchor of a micro-batch."""
         number, parts = self.place(batch_idx)
         if number >= parts.num_base:
             self._graft.apply(ANCHORED)
-        return parts.weight if number == parts.num_base > 0 else None
+        else:
+            self._graft.restore()
 
     def ends_part(self, batch_idx: int) -> bool:
         """Return whether a micro-batch is the last one on the Base before the Instruct's."""
@@ -245,9 +350,41 @@ class AnchoredTraining:
         """Swap the tuned Base back; harmless when it is loaded already."""
         self._graft.restore()
 
+    def _add_divergence(self, module: ScoringModule, rows: Batch, factor: Tensor) -> Tensor:
+        """Add the gradients of ``factor · w · KL(W_I + Δ ‖ W_I)``, and return the KL in nats per token of all ranks.
 
-def require_anchored(adapter: PeftConfig | None, objective: Objective, quantization: str | None) -> None:
-    """Raise unless an update of these settings means the same on two models.
+        A collective. Both passes are without dropout. Under DDP the gradients are this rank's part of the sum, until
+        the last micro-batch's backward pass adds them up.
+        """
+        trainer, model, head = self._trainer, module.model, module.head_losses()
+        assert model is not None
+        batch = trainer.strategy.batch_to_device(module.on_before_batch_transfer(rows, 0))
+        computing = trainer.precision_plugin.train_step_context
+
+        def predict() -> None:
+            with computing():  # a frozen head is the Instruct's in the second pass too
+                self._predictions = Outputs(head, batch).predictions(self._predictions, live=True)
+
+        with deterministic(model):
+            self._graft.measure(INSTRUCT, predict)
+            self._graft.apply(ANCHORED)
+            reduce_gradients(model, True)
+            with computing():
+                total, count = divergence_sums(Outputs(head, batch, predictions=self._predictions))
+            sums = torch.zeros(2, dtype=accumulation_dtype(module.device), device=module.device)
+            sums += torch.stack([total.detach().to(sums), torch.as_tensor(count).to(sums)])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(sums)
+            found, number = sums[0], at_least_one(sums[1])
+            # DDP and FSDP2 divide by the ranks: undo it.
+            (total * (factor * self._kl_weight * trainer.world_size / number)).backward()
+        return found / number
+
+
+def require_anchored(
+    anchors: Anchors, adapter: PeftConfig | None, objective: Objective, quantization: str | None
+) -> None:
+    """Raise unless an update of these settings means the same on two models, and neutral rows are read as the data are.
 
     Raises:
         GraftError: Naming the setting.
@@ -267,6 +404,12 @@ def require_anchored(adapter: PeftConfig | None, objective: Objective, quantizat
         )
     if reason:
         raise GraftError(f"model.anchors trains one update on two models, which does not work with {reason}.")
+    if anchors.kl is not None and objective.samples != "conversations":
+        raise GraftError(
+            f"model.anchors.kl compares answers of conversations, but {path_of(objective)} as model.objective learns "
+            f"from {objective.samples}, and all rows are read in that form. Use an objective of conversations (SFT, "
+            "DFT or EAFT), or set kl to null."
+        )
 
 
 def require_steps(anchors: Anchors, num_micro_batches: int, has_end: bool = True) -> None:

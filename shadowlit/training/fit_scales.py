@@ -31,8 +31,8 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import path_of
 from shadowlit.training.gradients import deterministic, gradients_of
 from shadowlit.training.head import HeadLoss, Predictions
-from shadowlit.training.objectives import SFT, Objective, require_weighed
-from shadowlit.training.objectives.tokens import divergences
+from shadowlit.training.objectives import Objective
+from shadowlit.training.objectives.tokens import divergence_sums
 from shadowlit.training.outputs import Batch, Outputs
 
 
@@ -140,7 +140,6 @@ class Calibration:
         rows: This rank's batches of the calibration rows, as many on every rank.
         keep: This rank's batches of the rows to keep, likewise; empty for none.
         head: Losses of the model.
-        objective: Objective whose loss is measured.
         autocast: Context that forward passes run in.
         move: Function that brings a batch to the model's device.
     """
@@ -153,13 +152,11 @@ class Calibration:
         keep: Sequence[Batch],
         head: HeadLoss,
         *,
-        objective: Objective | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         move: Callable[[Any], Batch],
     ) -> None:
         self._host, self._options, self._rows, self._keep, self._head = host, options, rows, keep, head
-        self._objective, self._autocast, self._move = objective or SFT(), autocast, move
-        require_fittable(self._objective)
+        self._autocast, self._move = autocast, move
         self._groups = {name: group_of(name, options.groups) for name in host.parameters}
         self._predictions: list[Predictions] = []  # of the Instruct, for each batch of `keep`
         self._ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -223,18 +220,17 @@ class Calibration:
         return loss / count, dict(zip(groups, (slope / count for slope in slopes), strict=True)) if with_slopes else {}
 
     def _step(self, number: int, batch: Batch) -> tuple[Tensor, Any]:
+        """Cross entropy, summed, and the number of supervised tokens, or the sum of their weights."""
         outputs = Outputs(self._head, batch)
-        sums = self._objective.step(outputs)
-        require_weighed(self._objective, outputs)
-        return torch.as_tensor(sums["loss"]), sums["count"]
+        return outputs.loss(), outputs.total_weight()
 
     def _divergence(self, number: int, batch: Batch) -> tuple[Tensor, Any]:
-        """``KL(graft ‖ Instruct)`` summed over the supervised tokens, and their number."""
+        """``KL(graft ‖ Instruct)``, summed likewise."""
         known = self._predictions[number]
         outputs = Outputs(
             self._head, batch, predictions=dataclasses.replace(known, states=known.states.to(batch["labels"].device))
         )
-        return outputs.map_logits(_from_reference).sum(), len(outputs.targets)
+        return divergence_sums(outputs)
 
     def _predict(self) -> None:
         """Let the untouched Instruct predict the rows to keep, once; the states wait in the CPU's memory."""
@@ -331,18 +327,14 @@ def fit_on_disk(plan: DiskGraft, pair: ModelPair, options: FitScales, start: flo
 
 
 def require_fittable(objective: Objective) -> None:
-    """Raise unless an objective has a loss of conversations that depends on the weights alone.
+    """Raise unless the rows of a training with this objective are conversations.
 
     Raises:
         GraftError: Naming the objective.
     """
-    if objective.samples != "conversations" or objective.has_reference or objective.token_reference is not None:
+    if objective.samples != "conversations":
         raise GraftError(
-            f"graft.fit_scales minimises the loss of model.objective, but {path_of(objective)} learns from "
-            f"{objective.samples} or compares with a reference. Use an objective of conversations without a reference "
-            "(SFT with kl_weight=0, DFT or EAFT), and fit_scales.keep for the divergence from the Instruct."
+            f"graft.fit_scales minimises the cross entropy of conversations, but the rows of {path_of(objective)} are "
+            f"{objective.samples}. Fit the scales on disk after the training (shadowlit graft --fit-scales), or use "
+            "an objective of conversations (SFT, DFT, EAFT)."
         )
-
-
-def _from_reference(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
-    return divergences(logits, reference, "reverse")

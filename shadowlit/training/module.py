@@ -35,9 +35,10 @@ from shadowlit.plugins import calls
 from shadowlit.text import count
 from shadowlit.training import resuming
 from shadowlit.training.anchors import (
+    KL_ROWS,
     AnchoredTraining,
     Anchors,
-    BasePart,
+    FirstPart,
     HoldsGraft,
     at_least_one,
     require_anchored,
@@ -54,6 +55,7 @@ from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
 from shadowlit.training.optimizer import OptimizerChoice, begin_step, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch
+from shadowlit.training.own_rows import read_own_rows, warn_of_shared_rows
 from shadowlit.training.parallel import compute_dtype_of, data_parallel_mesh, parallelize, reduce_gradients
 from shadowlit.training.quantisation import require_quantisable
 from shadowlit.training.rehearsal import ChecksBeforeData, try_optimizer
@@ -146,8 +148,8 @@ class ShadowModule(ScoringModule):
             dtype of trainer.precision. Needs an adapter; the graft is added to the Instruct's own weights.
         anchors: Weights of the two models that the update is trained on, e.g. ``{instruct: 0.3}``: 0.7 times the loss
             on the Base plus 0.3 times that on the Instruct; null trains on the Base alone. ``initial`` and ``last``
-            let the weight follow the steps. Needs a GraftCallback and, for both models, at least two micro-batches per
-            step (docs/beyond.md).
+            let the weight follow the steps; ``kl`` adds a divergence from the Instruct on other rows. Needs a
+            GraftCallback and, for both models, at least two micro-batches per step (docs/beyond.md).
         start_from: What training starts from instead of the Base: a folder or hub id of a tuned Base or of an adapter
             in peft's form, or a run of fit (its folder, or a *.ckpt). An adapter is trained further, with the settings
             that it was made with; a tuned Base gets a new one. The update is still counted from pair.base.
@@ -201,11 +203,11 @@ class ShadowModule(ScoringModule):
         if quantization is not None:
             require_quantisable(adapter, compile_layers)
         if anchors is not None:
-            require_anchored(adapter, self.objective, quantization)
+            require_anchored(anchors, adapter, self.objective, quantization)
         self.quantization, self.start = quantization, StartFrom(start_from)
         self.anchors = anchors
         self._anchored: AnchoredTraining | None = None  # of the running fit
-        self._base_part: BasePart | None = None  # of the effective batch, once it is whole
+        self._first_part: FirstPart | None = None  # of the effective batch, once it is whole
         self.adapter = adapter
         if adapter is not None:
             adapt_all_linear(adapter)
@@ -285,11 +287,14 @@ class ShadowModule(ScoringModule):
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
         resuming.take_over(self.trainer)
-        self._sums = self._base_part = self._anchored = self._references.predictions = None
+        self._sums = self._first_part = self._anchored = self._references.predictions = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
         if stage == "fit":
             self.objective.reset()
+            if self.anchors is not None and self.anchors.kl is not None:
+                consequence = "what is measured or trained there is not independent of the divergence"
+                warn_of_shared_rows(self.trainer, KL_ROWS, consequence)
 
     def configure_callbacks(self) -> list[Callback]:
         """Try the objective, the metrics and the optimizer, and let callbacks check what they can before data are read.
@@ -310,6 +315,9 @@ class ShadowModule(ScoringModule):
                     self._graft_callback()
                     has_end = (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1)
                     require_steps(self.anchors, self.trainer.accumulate_grad_batches, has_end)
+                    if self.anchors.kl is not None:
+                        why = "what the divergence keeps there would be measured there, or trained away"
+                        read_own_rows(self.trainer, KL_ROWS, self.anchors.kl.data, why)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             with as_usage():
                 require_unsharded(self.adapter)
@@ -382,9 +390,11 @@ class ShadowModule(ScoringModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Load the weights that gradients are taken at."""
         begin_step(self.trainer.optimizers)
-        weight = None if self._anchored is None else self._anchored.load(batch_idx)
-        if weight is not None:
-            self._base_part = BasePart(weight, self._take_sums(), self.trainer.optimizers)
+        if self._anchored is None:
+            return
+        if (part := self._anchored.first_part(self, batch_idx, self._take_sums)) is not None:
+            self._first_part = part
+        self._anchored.load(batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
@@ -398,25 +408,33 @@ class ShadowModule(ScoringModule):
         with calls(self.objective, "model.objective", "Correct its step."):
             loss = self._add(self.objective.step(outputs))
         require_weighed(self.objective, outputs)
-        if steps and self._base_part is not None:
-            self._base_part.join(self._take_sums())
+        if steps and self._first_part is not None:
+            self._first_part.last = self._take_sums()
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Add gradients that were set aside: after Lightning has set those of the step before to zero."""
+        if self._first_part is not None:
+            self._first_part.join()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the objective's count over the whole effective batch; before clipping."""
         if self._anchored is not None:
             self._anchored.restore()
-        part, self._base_part = self._base_part, None
-        sums = self._take_sums() if part is None else part.mixed()
-        factor = at_least_one((sums if part is None else part.instruct)["count"]).reciprocal()
-        if part is not None:
+        part, self._first_part = self._first_part, None
+        sums = self._take_sums() if part is None else part.all_sums()
+        factor = at_least_one((sums if part is None else part.last)["count"]).reciprocal()
+        if part is not None and part.sums is not None:
             factor = part.weight * factor
-            for name, each in (("base", part.sums), ("instruct", part.instruct)):
+            for name, each in (("base", part.sums), ("instruct", part.last)):
                 self.log(f"train/loss_{name}", each["loss"] / at_least_one(each["count"]))
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
         loss, step = sums["loss"] / at_least_one(sums["count"]), self.trainer.global_step + 1
+        if part is not None and part.kl is not None:
+            loss = loss + part.kl_weight * part.kl
+            self.log("train/kl", part.kl)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.losses.add(step, optimizer.param_groups[0]["lr"], loss)
         if loss.device.type == "cpu" or (every and step % every == 0):

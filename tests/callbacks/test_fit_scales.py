@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.scales import FitScales, FittedScales, group_of
 from shadowlit.training import fit_scales as module_of_pass
 from shadowlit.training.fit_scales import require_fittable
-from shadowlit.training.objectives import DPO
+from shadowlit.training.objectives import DFT, DPO, SFT
 from tests.callbacks.test_graft import KINDS, assert_same, make_module, make_trainer, metrics, weights
 from tests.data.templates import talk
 from tests.distributed import run_ranks
@@ -74,15 +75,19 @@ class Watch(Callback):
         }
 
 
-def run(tmp_path, folders, files, kind, fit_scales, *callbacks, parts=("model", "adapter", "delta"), **options):
-    module = make_module(folders, kind, lr=3e-3)
+def run(
+    tmp_path, folders, files, kind, fit_scales, *callbacks, parts=("model", "adapter", "delta"), module=None, data=None,
+    ckpt_path=None, test=None, **options,
+):  # fmt: skip
+    module = module or make_module(folders, kind, lr=3e-3)
     export = ExportCallback(folder=str(tmp_path / "x"), parts=list(parts), subject=options.pop("subject", "grafted"))
     graft = GraftCallback(fit_scales=fit_scales, **options)
     trainer = make_trainer(tmp_path, graft, export, *callbacks, max_epochs=2, val_check_interval=None)
-    data = ShadowData(
-        module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64, batch_size=2
-    )
-    trainer.fit(module, data)
+    data = data or ShadowData(
+        module.pair, train=files["train"], validation=files["validation"], test=test, cache=False, max_length=64,
+        batch_size=2,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return module, trainer, graft
 
 
@@ -184,6 +189,48 @@ def test_scales_start_at_the_exported_grafts_and_count_its_transforms(tmp_path, 
     assert scores[0]["val/fitted/loss"] == pytest.approx(scores[1][whole], rel=1e-6)
 
 
+@pytest.mark.parametrize("objective", [DFT(), SFT(kl_weight=0.1)])
+def test_the_loss_is_the_cross_entropy_whatever_the_training_minimises(tmp_path, folders, files, objective):
+    """DFT's own value is p · −log p, which rises with p below 1/e, as here."""
+    module = make_module(folders, lr=3e-3, objective=objective)
+    run(tmp_path, folders, files, "full", {**FIT, "data": files["calibration"]}, module=module, parts=["model"])
+    stored = json.loads((tmp_path / "x/scales.json").read_text())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
+    assert stored["after"]["loss"] == pytest.approx(loss_by_hand(exported, files["calibration"], folders), rel=1e-5)
+    assert stored["step"] > 0 and stored["after"]["loss"] < stored["before"]["loss"]
+
+
+def test_another_fit_reads_its_own_rows(tmp_path, folders, files):
+    """With the data module of the one before."""
+    module = make_module(folders, "lora")
+    data = ShadowData(
+        module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64, batch_size=2
+    )
+    for name in ("calibration", "neutral"):
+        (tmp_path / name).mkdir()
+        fit_scales = {**FIT, "steps": 1, "data": files[name]}
+        run(tmp_path / name, folders, files, "lora", fit_scales, data=data, parts=["model"])
+        stored = json.loads((tmp_path / name / "x/scales.json").read_text())
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name / "x/model")
+        assert stored["after"]["loss"] == pytest.approx(loss_by_hand(exported, files[name], folders), rel=1e-5)
+
+
+def test_a_finished_training_that_resumes_exports_the_same(tmp_path, folders, files):
+    """Its loops don't run, so that nothing else reads the validation data."""
+    fit_scales = {**FIT, "data": files["calibration"]}
+    saved = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    found = []
+    for name, ckpt_path in (("one", None), ("two", tmp_path / "last.ckpt")):
+        (tmp_path / name).mkdir()
+        callbacks = [saved] if ckpt_path is None else []
+        run(tmp_path / name, folders, files, "lora", fit_scales, *callbacks, ckpt_path=ckpt_path, parts=["model"])
+        found.append((tmp_path / name / "x", read_manifest(tmp_path / name / "x/model")["metrics"]))
+    (one, scores), (two, again) = found
+    assert scores["val/fitted/loss"] == again["val/fitted/loss"]
+    assert (one / "scales.json").read_bytes() == (two / "scales.json").read_bytes()
+    assert_same(*(load_file(each / "model/model.safetensors") for each in (one, two)))
+
+
 def test_an_error_restores_everything(tmp_path, folders, files, monkeypatch):
     calls = []
 
@@ -211,6 +258,7 @@ def test_an_error_restores_everything(tmp_path, folders, files, monkeypatch):
     ({"data": "validation"}, r"graft\.fit_scales\.data is .*validation\.jsonl, which is data\.validation\.val too"),
     ({"data": "train"}, r"which is data\.train too"),
     ({"data": "calibration", "keep": {"data": "neutral"}}, r"keep\.data is .* is evaluation\.evaluators\.kl\.data too"),
+    ({"data": "neutral"}, r"which is data\.test\.test and evaluation\.evaluators\.kl\.data too"),
     ({"data": "nowhere"}, "nowhere"),
 ])  # fmt: skip
 def test_rows_of_other_uses_are_refused(tmp_path, folders, files, options, message):
@@ -220,7 +268,15 @@ def test_rows_of_other_uses_are_refused(tmp_path, folders, files, options, messa
         options["keep"]["data"] = files[options["keep"]["data"]]
     evaluation = EvaluationCallback({"kl": Divergence(files["neutral"])})
     with pytest.raises(ShadowlitError, match=message):
-        run(tmp_path, folders, files, "full", options, evaluation)
+        run(
+            tmp_path,
+            folders,
+            files,
+            "full",
+            options,
+            evaluation,
+            test=files["neutral"] if "keep" not in options else None,
+        )
 
 
 def test_what_has_no_effect_or_no_derivative_is_refused(tmp_path, folders, files):
@@ -233,7 +289,7 @@ def test_what_has_no_effect_or_no_derivative_is_refused(tmp_path, folders, files
             trainer.fit(module, ShadowData(module.pair, **data))
     with pytest.raises(ShadowlitError, match=r"graft\.fit_scales"):
         GraftCallback(fit_scales={"data": "x", "groups": "layers"})
-    with pytest.raises(GraftError, match="DPO learns from pairs"):
+    with pytest.raises(GraftError, match=r"the rows of .*DPO are pairs"):
         require_fittable(DPO())
 
 
@@ -248,6 +304,16 @@ def test_fitted_scales_that_are_not_better_are_reported(tmp_path, folders, files
         _, _, callback = run(tmp_path, folders, files, "full", {**FIT, "data": files["calibration"]}, parts=["model"])
     (line,) = (line for line in callback.exported if "not better, by -" in line)
     assert not math.isnan(float(line.rpartition("± ")[2]))
+
+
+def test_a_file_of_scales_need_not_have_tensors_that_were_not_trained(tmp_path, folders, files):
+    module = make_module(folders, lr=3e-3, train_towers=["mlp"])
+    run(tmp_path, folders, files, "full", {**FIT, "data": files["calibration"]}, module=module, parts=["model"])
+    assert len(json.loads((tmp_path / "x/scales.json").read_text())["tensors"]) == 6
+    module.model.save_pretrained(tmp_path / "tuned")
+    sides = [folders[0], tmp_path / "tuned", folders[1], tmp_path / "disk"]
+    shadowlit.graft(*map(str, sides), scale=str(tmp_path / "x/scales.json"))
+    assert_same(load_file(tmp_path / "disk/model.safetensors"), load_file(tmp_path / "x/model/model.safetensors"))
 
 
 def test_scales_by_name_must_be_those_of_the_graft(tmp_path, folders):

@@ -198,11 +198,14 @@ def test_it_is_refused_where_no_model_is_in_memory(tmp_path, folders, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
-def test_the_rows_come_from_a_file_as_those_of_training(tmp_path):
+def test_the_rows_come_from_a_file_as_those_of_training(tmp_path, recwarn):
     torch.set_num_threads(1)
     few = ROOT / "shadowlit/demo/data/train.jsonl"
     variants = f'--graft.variants={{"gradfix": {{"transforms": [{{"name": "gradfix", "data": "{few}", "rows": 3}}]}}}}'
-    main([*config(tmp_path, []), variants, "--export.subject=grafted@gradfix", "--export.parts=[delta]"])
+    tests = f"--data.test={{few: {few}}}"
+    main([*config(tmp_path, []), variants, tests, "--export.subject=grafted@gradfix", "--export.parts=[delta]"])
+    told = [str(w.message) for w in recwarn if "so that the scores there favour this graft" in str(w.message)]
+    assert len(told) == 1 and "is data.test.few too" in told[0]
     manifest = read_manifest(tmp_path / "export/delta")
     assert manifest["transforms"] == [{"name": "gradfix", "data": str(few), "rows": 3}]
     zeros = sum(tensor.num_zeros for tensor in Delta.open(tmp_path / "export/delta").statistics())

@@ -14,6 +14,7 @@ from shadowlit.grafting.subject import ANCHORED
 from shadowlit.lightning_cli import main
 from shadowlit.planning.memory import Alive, num_bytes
 from shadowlit.planning.plan import parse_bytes
+from shadowlit.training.anchors import AnchoredTraining
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
@@ -136,6 +137,38 @@ def test_two_anchors_keep_copies_while_the_instruct_trains(pair):
     assert [anchored(0.3, 4), anchored(0.3, 8), anchored(0, 8), anchored(1, 8)] == [4, 8, 0, 4]
     with pytest.raises(ShadowlitError, match="as it is configured: 1 error"):
         anchored(0.3, 1)
+
+
+@pytest.mark.parametrize("given", [(), (LORA,), (LORA, "--trainer.precision=bf16-mixed")])
+def test_the_estimate_is_what_the_divergence_holds(pair, given, monkeypatch):
+    """Its rows are the longest; with the copies of the swap, and of the head where it is trained."""
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z" * n}]} for n in (90, 80)
+    ]
+    (pair / "neutral.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    add, peaks = AnchoredTraining._add_divergence, []
+
+    def watched(self, module, *args):
+        module.head_losses()
+        alive = Alive(module.model)
+        alive._seen.update(
+            t.untyped_storage() for h in self._graft._hosts for t in (h.instruct, h.base) if t is not None
+        )
+        with alive:
+            found = add(self, module, *args)
+        peaks.append(alive.peak)
+        return found
+
+    monkeypatch.setattr(AnchoredTraining, "_add_divergence", watched)
+    kl = f"{{data: {pair / 'neutral.jsonl'}, weight: 0.5}}"
+    args = arguments(pair, *given, f"--model.anchors={{instruct: 0.3, kl: {kl}}}", "--data.validation=null")
+    found = main(["plan", *args, "--measure_steps=0"]).planned.memory()
+    main([
+        "fit", *args, "--trainer.max_steps=1", "--trainer.enable_checkpointing=false", "--export.enabled=false",
+        "--trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    assert found.neutral > 0 and len(peaks) == 1
+    assert found.activations + found.head + found.anchored + found.neutral == pytest.approx(peaks[0], rel=0.03)
 
 
 def test_fsdp_divides_what_is_held_and_gathers_a_layer(pair):

@@ -216,3 +216,15 @@ def divergences(logits: Tensor, reference: Tensor, direction: Literal["forward",
     ours, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
     weights = {"forward": theirs.exp, "reverse": lambda: -ours.exp(), "both": lambda: (theirs.exp() - ours.exp()) / 2}
     return (weights[direction]() * (theirs - ours)).sum(-1)
+
+
+def divergence_sums(outputs: Outputs) -> tuple[Tensor, Tensor | int]:
+    """Return ``KL(model ‖ reference)`` in nats, summed over the supervised tokens of a batch, and what a mean is
+    divided by: their number, or the sum of their weights if they have some, which the first sum has too.
+    """
+    return outputs.weighted_sum(outputs.map_logits(reverse_divergences)), outputs.total_weight()
+
+
+def reverse_divergences(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
+    """:func:`divergences` as a function of a chunk of tokens: ``KL(model ‖ reference)``."""
+    return divergences(logits, reference, "reverse")

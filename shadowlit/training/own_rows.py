@@ -1,0 +1,69 @@
+"""Rows that a part of a training needs for itself, and that neither train nor measure anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from shadowlit.errors import GraftError, counted
+
+
+def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
+    """Read and tokenise a source as a validation set is; the data module then has it as the set ``key``.
+
+    Args:
+        trainer: Trainer, with its data module.
+        key: Key of the source in the configuration.
+        source: Source.
+        why: Clause that says why the rows of another use won't do.
+
+    Raises:
+        GraftError: The data module can't read further sets, or the source has another use in this run.
+        DataError: The source can't be read.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "extra_loader"):
+        raise GraftError(
+            f"{key} is read as the data module reads its own sets, but {type(data).__name__} has no extra_loader. Use "
+            "ShadowData or a subclass."
+        )
+    if uses := uses_of(source, trainer):
+        raise GraftError(f"{key} is {source}, which is {' and '.join(uses)} too: {why}. Give rows of their own.")
+    data.extra_loader(key, source)
+
+
+def warn_of_shared_rows(trainer: Trainer, key: str, consequence: str) -> None:
+    """Warn of rows of the set ``key`` that other sets have too, with what follows from it, a clause."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for other, count in data.overlap(key).items():
+        rank_zero_warn(
+            f"data: {key} shares {counted(count, 'sample')} token for token with {other}, so that {consequence}. "
+            "Remove these from one of the two."
+        )
+
+
+def uses_of(source: str, trainer: Trainer) -> list[str]:
+    """Return the keys of the run's data and evaluators that read a source too."""
+    return [key for place, key in _uses(trainer) if place == _place(source)]
+
+
+def _uses(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Where the rows of the run's data and evaluators are, and their keys."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for source in getattr(data, "train_sources", ()):
+        yield _place(source.path), "data.train"
+    for kind in ("validation", "test"):
+        for name, source in getattr(data, f"{kind}_sets", {}).items():
+            yield _place(source.path), f"data.{kind}.{name}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name, evaluator in getattr(callback, "evaluators", {}).items():
+            if isinstance(source := getattr(evaluator, "data", None), str):
+                yield _place(source), f"evaluation.evaluators.{name}.data"
+
+
+def _place(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
