@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from experiments.beyond.arms import ANCHORS, CHANGED
 from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, read_run, shown
@@ -158,7 +159,8 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
                     linestyle="-" if source in ("B", "I") else "--" if source in ANCHORS else ":", label=name,
                 )  # fmt: skip
         axis.set_title(setting.name, fontsize=9)
-        axis.set_xlabel("KL from the Instruct (nats per token)", fontsize=8)
+        axis.set_xscale("function", functions=(np.sqrt, np.square))
+        axis.set_xlabel("KL from the Instruct (nats per token, square-root axis)", fontsize=8)
         axis.set_ylabel("learned (nats per token)", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7)

@@ -179,7 +179,7 @@ class Study:
         for who, folder in (("instruct", self.instruct(pair)), ("base", self.base)):
             found[who]["initial"] = gradient_norm(folder, rows)
         found["offset"] = offset_of(self.base, self.instruct(pair))
-        replace_text(target, json.dumps(found) + "\n")
+        replace_text(target, compact(found))
 
     def delta_of(self, training: Training) -> Path:
         """Folder of a training's delta, which is trained if it is not there."""
@@ -248,7 +248,7 @@ class Study:
                 scorer.load(self.instruct(first.pair))
             found[name] = answer_all(scorer.model, scorer.tokenizer, first.task, tasks, general)
         target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
-        replace_text(target, json.dumps(found, ensure_ascii=False) + "\n")
+        replace_text(target, compact(found))
 
     def measure_premise(self, pair: str) -> None:
         """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
@@ -260,7 +260,7 @@ class Study:
         found = {"instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
         scorer.load(self.base)
         found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
-        replace_text(target, json.dumps(found) + "\n")
+        replace_text(target, compact(found))
 
     @staticmethod
     def folder_of(delta: Path) -> Path:
@@ -289,7 +289,7 @@ class Study:
             if name.startswith(("val/", "train/loss"))
         }
         found = {**training.__dict__, "norm": delta.norm(), "live": live, **details, "scores": scores}
-        replace_text(self.results / f"{training.name}.json", json.dumps(found) + "\n")
+        replace_text(self.results / f"{training.name}.json", compact(found))
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
         """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
@@ -301,7 +301,7 @@ class Study:
             name = one.name.removeprefix("B_").removesuffix("-delta")
             if name not in found and other.exists():
                 found[name] = Delta.open(one / "delta").cosine(Delta.open(other / "delta"))
-        replace_text(target, json.dumps(found) + "\n")
+        replace_text(target, compact(found))
 
 
 def fit(
@@ -329,6 +329,11 @@ def fit(
         time.sleep(0.2)
     if code:
         raise RuntimeError(f"the training {name} failed: {failure(log)}")
+
+
+def compact(found: Any) -> str:
+    """A result as a line of JSON."""
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def read_rows(file: Path) -> list[Row]:
