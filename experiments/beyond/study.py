@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ from experiments.real.study import Study, Training, read_rows, run, trainings
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
+from shadowlit.errors import ShadowlitError
 from shadowlit.kernels import slow_on_cpu
 
 HERE = Path(__file__).parent
@@ -197,4 +199,7 @@ def _at(setting: tuple[str, str, str], source: str, lr: float) -> list[Training]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ShadowlitError as error:
+        sys.exit(f"error: {error}")

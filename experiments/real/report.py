@@ -25,26 +25,26 @@ _HEAD = """\
 
 Made by `python experiments/real/study.py --shared ../shared` from the result files in `results/`.
 
-**Models.** The Base is Gemma 3 270M, pre-trained, dequantised from 4 bits, with its vocabulary cut to the \
-48,962 tokens of the data (132M parameters left). Its published Instruct is not used: both Instructs are made \
-here from this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turns. *near* has 2 epochs \
-(learning rate 5e-5); *far* has 6, and then 2 epochs of DPO on 52 preference pairs. Such Instructs are far less \
-trained than a published one.
+**Models.** The Base is Gemma 3 270M, pre-trained, dequantised from 4 bits, with its vocabulary cut to the 48,962 \
+tokens of the data (132M parameters left). Its published Instruct is not used: both Instructs are made here from \
+this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turns. *near* has 2 epochs (learning \
+rate 5e-5); *far* has 6, and then 2 epochs of DPO on 52 preference pairs. Such Instructs are far less trained than a \
+published one.
 
 **Tasks.** Tool calls (glaive, 49 training rows, no call or request twice) in 3 epochs; GSM8K solutions (160 \
 training rows) in 1 epoch; the same solutions behind the phrase "The solution is as follows:", with which the \
 Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers, bf16-mixed on a CPU.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
-scaled in the same way. Each arm's learning rate is the one of three with the lowest loss on rows for choosing \
-(first seed, scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only.
+scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \
+scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only.
 
-**Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; its layers \
-compute in bfloat16 (autocast), its output head in float32. *first token* is the loss of an answer's first \
-token, *rest* that of all others, *exact* the share of rows whose every token is the most probable one. *KL* is \
-the divergence from the untouched Instruct on 40 held-out Alpaca answers, and *Alpaca loss* and *identity loss* \
-are the losses on held-out rows of what the Instruct was tuned on. *learned* is the untouched Instruct's loss \
-minus the model's, on the reported rows.
+**Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; its layers compute \
+in bfloat16 (autocast), its output head in float32. *first token* is the loss of an answer's first token, *rest* \
+that of all others, *exact* the share of rows whose every token is the most probable one. *KL* is KL(model ‖ \
+untouched Instruct) per token of 40 held-out Alpaca answers, and *Alpaca loss* and *identity loss* are the losses on \
+held-out rows of what the Instruct was tuned on (two of the 16 identity answers are in its training rows under other \
+questions). *learned* is the untouched Instruct's loss minus the model's, on the reported rows.
 
 Values are means ± standard errors over seeds. Intervals are of 95 %, by a bootstrap over rows, widened by the \
 spread between seeds; with one seed they are over rows alone.
@@ -275,6 +275,16 @@ def _scores(setting: Setting) -> str:
     return markdown_table(headings, lines)
 
 
+def _rates(setting: Setting) -> str:
+    """The chosen rates, and whether a better one may lie beyond those that were tried."""
+    said = []
+    for source, lr in setting.chosen.items():
+        tried = sorted({run.lr for run in setting.runs if run.source == source and run.seed == 0})
+        edge = {tried[0]: "the smallest", tried[-1]: "the largest"}.get(lr) if len(tried) > 1 else None
+        said.append(f"{ARMS[source]} {lr:g}" + (f" ({edge} tried: a better one may lie beyond)" if edge else ""))
+    return f"Chosen rates: {', '.join(said)}."
+
+
 def interval_text(found: Interval) -> str:
     return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
@@ -397,7 +407,17 @@ def _prediction(settings: Sequence[Setting]) -> str:
     said = f"B2I has the lower loss at equal KL in {int((outcome > 0).sum())} of {len(cases)} cases"
     if not mixed:
         return f"{text}\n\n{said}: with one outcome alone, no rule that predicts it can be tested."
-    return f"{text}\n\n{said}, so always naming the more frequent outcome hits {majority:.0%}."
+    ratios = [known["initial loss, Base / Instruct"] for _, known, _ in cases]
+    hits = {name: [0, 0] for name, _, _ in cases}
+    for (name, _, gain), ratio in zip(cases, ratios, strict=True):
+        hits[name][0] += (ratio < 1) == (gain > 0)
+        hits[name][1] += 1
+    told = ", ".join(f"{name} {right} of {count}" for name, (right, count) in hits.items())
+    return (
+        f"{text}\n\n{said}, so always naming the more frequent outcome hits {majority:.0%}. The method's premise as a "
+        "rule, with nothing fitted (B2I where the Base's loss on the first 16 training rows is below the Instruct's), "
+        f"is right in {sum(right for right, _ in hits.values())} of {len(cases)}: {told}."
+    )
 
 
 def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
@@ -535,8 +555,7 @@ def write_report(results: Path, home: Path) -> None:
     ]
     answered: dict[str, Any] = {}
     for setting in settings:
-        names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())
-        parts += [f"## {setting.name}: {TASKS[setting.task]}", f"Chosen rates: {names}.", _scores(setting)]
+        parts += [f"## {setting.name}: {TASKS[setting.task]}", _rates(setting), _scores(setting)]
         file = results / setting.pair / f"{setting.task}_{setting.method}_answers.json"
         if file.exists():
             raw = read_result(file, dict)

@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCALES = (0.5, 1.0, 1.5)
 SEEDS = (0, 1, 2)
-RATES = {"lora": (5e-5, 2e-4, 5e-4), "full": (1e-5, 3e-5, 1e-4)}
+RATES = {"lora": (5e-5, 2e-4, 5e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""

@@ -171,7 +171,8 @@ def _logged(option: str, metrics: Mapping[str, Measure], measured: Measured) -> 
     found = {}
     for given, measure in metrics.items():
         of, _, what = given.rpartition("/")
-        if of in measured.evaluators and measured.evaluators[of].needs_reference:
+        evaluator = None if of in sets and what in measured.metrics else measured.evaluators.get(of)
+        if evaluator is not None and evaluator.needs_reference:
             raise ShadowlitError(
                 f"--{option} names {given}: {of} measures the agreement with the Instruct, and not what is learned. "
                 f"Leave it out, or name {of} under --keep."
