@@ -8,6 +8,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
@@ -138,9 +139,10 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
     shown = shown if len(shown) <= _MAX_VALUE else f"{shown[:_MAX_VALUE]} …"
     if options := _nested(details):  # of the class that is given by its path
         name, rest = ".".join(option[1] for option in options), details[options[-1].end() :]
-        if missing := _MISSING.search(rest):
+        within = _indented(details, options[-1])
+        if missing := _MISSING.search(within):
             return f"{key} is {shown}, but {name}.{missing[1]} is missing."
-        unknown = _unknown_option(rest)
+        unknown = _unknown_option(within)
         own = MASK if is_secret(name) or (unknown and unknown[1]) else mask_text(_VALUE.findall(rest)[0])
         whose = "" if part else f", but {name} is {own}"
         return f"{key} is {shown}{whose}{f', which {unknown[0]}' if unknown else f'; expected {_types(rest)}.'}"
@@ -169,12 +171,22 @@ def _nested(details: str) -> list[re.Match[str]]:
     """The options that contain each other, down to the one that is wrong: they are indented more and more."""
     found, column = [], -1
     for match in _KEY.finditer(details):
-        indent = match.start() - details.rfind("\n", 0, match.start())
-        if indent <= column:
+        if (indent := _column(details, match)) <= column:
             break
         found.append(match)
         column = indent
     return found
+
+
+def _indented(details: str, option: re.Match[str]) -> str:
+    """What is said of an option: the lines after it that are indented more."""
+    first, *lines = details[option.end() :].split("\n")
+    column = _column(details, option)
+    return "\n".join([first, *takewhile(lambda line: len(line) - len(line.lstrip()) >= column, lines)])
+
+
+def _column(details: str, option: re.Match[str]) -> int:
+    return option.start() - details.rfind("\n", 0, option.start())
 
 
 def _unknown_option(details: str) -> tuple[str, bool] | None:
