@@ -8,6 +8,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
@@ -136,10 +137,15 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         key, value = f"{key}.{part[1]}", part[2]
     shown = MASK if is_secret(key) else mask_text(value)
     shown = shown if len(shown) <= _MAX_VALUE else f"{shown[:_MAX_VALUE]} …"
-    if option := _KEY.search(details):  # of the class that is given by its path
-        rest = details[option.end() :]
-        whose = "" if part else f", but {option[1]} is {_VALUE.findall(rest)[0]}"
-        return f"{key} is {shown}{whose}; expected {_types(rest)}."
+    if options := _nested(details):  # of the class that is given by its path
+        name, rest = ".".join(option[1] for option in options), details[options[-1].end() :]
+        within = _indented(details, options[-1])
+        if missing := _MISSING.search(within):
+            return f"{key} is {shown}, but {name}.{missing[1]} is missing."
+        unknown = _unknown_option(within)
+        own = MASK if is_secret(name) or (unknown and unknown[1]) else mask_text(_VALUE.findall(rest)[0])
+        whose = "" if part else f", but {name} is {own}"
+        return f"{key} is {shown}{whose}{f', which {unknown[0]}' if unknown else f'; expected {_types(rest)}.'}"
     if missing := _MISSING.search(details):
         return f"{key} is {shown}, but {missing[1]} is missing."
     takes = known.get(key) or known.get(key.partition(".")[2]) or Known(_types(details))
@@ -147,12 +153,9 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
     names = list(takes.names())
     causes = ((path, _cause(path, beside, takes.base, names)) for path, beside in specs)
     path, cause = next((each for each in causes if each[1]), ("", ""))
-    if not cause and (options := _OPTION.findall(details)):
-        unknown, has = max(options, key=lambda option: len(option[1]))  # of the types of a union
-        near = difflib.get_close_matches(unknown, has.split(", "), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        shown = MASK if any(map(is_secret, near)) else shown
-        return f"{key} is {shown}, but the class has no option {unknown}.{hint}" + (f"\nKnown: {has}." if has else "")
+    if not cause and (unknown := _unknown_option(details)):
+        problem, is_private = unknown
+        return f"{key} is {MASK if is_private else shown}, but the class {problem}"
     more = ""
     if len(names) > _MAX_NAMES:
         ends = [name.rpartition(".")[2] for name in names]
@@ -162,6 +165,39 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         names = similar or names[:_MAX_NAMES]
     text = f"{key} is {shown}{f', but {path} {cause}' if cause else ''}; expected {takes.expected}."
     return f"{text}\nKnown: {_listed(names)}{more}." if names else text
+
+
+def _nested(details: str) -> list[re.Match[str]]:
+    """The options that contain each other, down to the one that is wrong: they are indented more and more."""
+    found, column = [], -1
+    for match in _KEY.finditer(details):
+        if (indent := _column(details, match)) <= column:
+            break
+        found.append(match)
+        column = indent
+    return found
+
+
+def _indented(details: str, option: re.Match[str]) -> str:
+    """What is said of an option: the lines after it that are indented more."""
+    first, *lines = details[option.end() :].split("\n")
+    column = _column(details, option)
+    return "\n".join([first, *takewhile(lambda line: len(line) - len(line.lstrip()) >= column, lines)])
+
+
+def _column(details: str, option: re.Match[str]) -> int:
+    return option.start() - details.rfind("\n", 0, option.start())
+
+
+def _unknown_option(details: str) -> tuple[str, bool] | None:
+    """That a class has no such option, and those it has; and whether a secret may be misspelled. None for neither."""
+    if not (options := _OPTION.findall(details)):
+        return None
+    unknown, has = max(options, key=lambda option: len(option[1]))  # of the types of a union
+    near = difflib.get_close_matches(unknown, has.split(", "), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    known = f"\nKnown: {has}." if has else ""
+    return f"has no option {unknown}.{hint}{known}", any(map(is_secret, near))
 
 
 def _specs(value: Any, nested: bool = False) -> Iterator[tuple[str, list[str]]]:

@@ -68,6 +68,12 @@ def test_what_has_its_type_is_passed_on_as_it_is():
     (lambda: ShadowModule(PAIR, {"rank": 4}), "model.adapter is {'rank': 4}, but the class has no option rank."),
     (lambda: ShadowModule(PAIR, {"r": "x"}), "model.adapter is {'r': 'x'}, but r is x; expected int."),
     (lambda: ShadowModule(PAIR, "lora"), "model.adapter is lora; expected LoraConfig, PeftConfig, null."),
+    (lambda: GraftCallback(fit_scales={"data": "d", "keep": {"dta": "k"}}), "graft.fit_scales is {'data': 'd', 'keep': "
+     "{'dta': 'k'}}, but keep is {'dta': 'k'}, which has no option dta. Did you mean data?\nKnown: data, weight."),
+    (lambda: GraftCallback(fit_scales={"data": "d", "keep": {"weight": 1}}),
+     "graft.fit_scales is {'data': 'd', 'keep': {'weight': 1}}, but keep.data is missing."),
+    (lambda: GraftCallback(fit_scales={"data": "d", "keep": {"data": "k", "weight": "x"}}),
+     "graft.fit_scales is {'data': 'd', 'keep': {'data': 'k', 'weight': 'x'}}, but keep.weight is x; expected float."),
     (lambda: ShadowModule(PAIR, objective="DPX"), "model.objective is DPX; expected Objective, null."),
     (lambda: ShadowModule(PAIR, lr=None), "model.lr is None; expected float."),
     (lambda: ShadowModule(PAIR, optimizer="adamx"), "model.optimizer is adamx; expected adamw, adamw_8bit, Callable"),

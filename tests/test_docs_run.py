@@ -37,6 +37,7 @@ ELSEWHERE = {
     r"--backend vllm": "needs vLLM and a GPU",
     r"postgresql://": "needs a database server; tests/studies starts one",
     r"my_transforms\.": "tests/test_extending.py runs it",
+    r"method\.yaml": "each method is run by itself, below",
 }
 # Names that the pages give to the two models.
 BASES = ["BASE", "Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-4B-Base", "HuggingFaceTB/SmolLM2-135M"]
@@ -77,7 +78,7 @@ def write_data(folder):
     for name, source, count in (
         ("train", "train_house", 64), ("held_out", "new_house", 32), ("new_task", "train", 64), ("chats", "old", 32),
         ("what_it_knew", "old", 16), ("choice", "new_house", 16),
-        ("report", "new_house", 32), ("calibration", "new_house", 8),
+        ("report", "new_house", 32), ("calibration", "new_house", 8), ("few", "train", 31), ("neutral", "old", 8),
         ("data/train", "train_house", 64), ("data/validation", "new_house", 32),
     ):  # fmt: skip
         write(folder / f"{name}.jsonl", [{"messages": row["messages"]} for row in rows_of(source)[:count]])
@@ -233,6 +234,12 @@ def execute(words, place):
     assert main([*shortened(words), *resumed]) == 0, " ".join(words)
 
 
+def runs_of(page):
+    """The YAML blocks of a page that are a configuration of ``fit`` each."""
+    found = blocks(ROOT / page, "yaml")
+    return [pytest.param(block.text, id=f"{page}-{number}") for number, block in enumerate(found)]
+
+
 def runs_here(words):
     return not any(re.search(pattern, " ".join(words)) for pattern in ELSEWHERE)
 
@@ -272,6 +279,15 @@ def given(trained, tmp_path):
         "grafted_folder": str(tmp_path / "experts/instruct"),
         "batches": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}],
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", runs_of("docs/beyond.md"))
+def test_every_method_beyond_the_paper_runs(text, place):
+    (place / "method.yaml").write_text(text, encoding="utf-8")
+    few = ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=4", "--trainer.max_steps=2"]
+    command = ["fit", "--config", "my.yaml", "--config", "method.yaml", "--trainer.enable_progress_bar=false"]
+    assert main([*shortened(command), *few]) == 0
 
 
 @pytest.mark.parametrize("path", [*pages()])

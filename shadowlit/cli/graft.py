@@ -50,7 +50,8 @@ def graft(
             of fit, its folder (the newest checkpoint counts) or a *.ckpt.
         instruct: Folder or hub id of the Instruct that gets the update.
         out: Folder to create. It is written atomically; an existing one is never overwritten.
-        scale: Scale of the update, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        scale: Scale of the update, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'; or the
+            scales.json of an export or of --fit-scales.
         select: Tensors that get the update: linear (every linear layer except the output head), all, or regular
             expressions.
         dtype: Dtype of the result; auto for the Instruct's own.
