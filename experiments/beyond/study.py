@@ -21,7 +21,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
+if __name__ == "__main__":  # not where this is imported; and before torch is
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
 import torch
 

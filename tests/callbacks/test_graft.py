@@ -892,7 +892,7 @@ def test_an_export_that_is_not_the_graft_is_told(tmp_path, folders):
 
     def build(pl_module):
         graft = genuine(pl_module)
-        graft.grafted_tensors = lambda scale: (
+        graft.grafted_tensors = lambda scale, variant: (
             (n, torch.randn(i.shape)) for n, i in graft._instruct_reader.tensors.items()
         )
         return graft
