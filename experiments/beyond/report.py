@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.beyond.arms import ANCHORS, CHANGED
-from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, read_run, shown
+from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, read_run, save, shown
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, paragraphs
 from shadowlit.studies.statistics import Interval
@@ -158,17 +158,8 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
                     color=plt.get_cmap("tab10")(number), marker="o", markersize=3,
                     linestyle="-" if source in ("B", "I") else "--" if source in ANCHORS else ":", label=name,
                 )  # fmt: skip
-        axis.set_title(setting.name, fontsize=9)
         axis.set_xscale("function", functions=(np.sqrt, np.square))
-        axis.set_xlabel("KL from the Instruct (nats per token, square-root axis)", fontsize=8)
-        axis.set_ylabel("learned (nats per token)", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.legend(fontsize=7)
-    for axis in axes.flat[len(settings) :]:
-        axis.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    save(figure, settings, target, "KL from the Instruct (nats per token, square-root axis)")
 
 
 def find(results: Path, others: Path, pair: str, task: str, method: str) -> Setting:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.real.premise import AS_IS
 from experiments.real.reading import read_result
@@ -338,13 +339,19 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
             )  # fmt: skip
         tuned = per_token(setting.instruct["report"]) - per_token(setting.base["report"])
         axis.axhline(tuned, color="grey", linestyle=":", label="untouched Base")
-        axis.set_title(setting.name, fontsize=9)
-        axis.set_xlabel("KL from the Instruct, Alpaca (nats per token)", fontsize=8)
-        axis.set_ylabel("learned (nats per token)", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.legend(fontsize=8)
-    for axis in axes.flat[len(settings) :]:
-        axis.set_visible(False)
+    save(figure, settings, target, "KL from the Instruct, Alpaca (nats per token)")
+
+
+def save(figure: Figure, settings: Sequence[Setting], target: Path, xlabel: str) -> None:
+    """Label the axes of a figure that has one for each setting, hide the others, and save it."""
+    for number, axis in enumerate(figure.axes):
+        axis.set_visible(number < len(settings))
+        if number < len(settings):
+            axis.set_title(settings[number].name, fontsize=9)
+            axis.set_xlabel(xlabel, fontsize=8)
+            axis.set_ylabel("learned (nats per token)", fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -52,6 +52,20 @@ def parameters(module):
     return {name: p.detach().clone() for name, p in module.model.named_parameters()}
 
 
+def require_gradients(module, expected, pairs):
+    """The module's gradients are the expected ones: of the weights, or of LoRA's factors B, A by the weight's name."""
+    if pairs:
+        whole, expected = expected, {}
+        for name, (up, down) in pairs.items():  # d(2 B A): 2 dW A^T for B, 2 B^T dW for A
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            expected[f"{layer}.lora_B.default.weight"] = 2 * whole[name] @ down.T
+            expected[f"{layer}.lora_A.default.weight"] = 2 * up.T @ whole[name]
+    found = gradients(module)
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, grad in found.items():
+        torch.testing.assert_close(grad.double(), expected[name], rtol=0, atol=4e-5 * expected[name].abs().max().item())
+
+
 def gradients(module):
     return {name: p.grad.clone() for name, p in module.model.named_parameters() if p.requires_grad}
 
@@ -152,16 +166,7 @@ def test_the_gradient_is_that_of_both_losses_in_float64(pair, kind, samples, acc
     assert metrics["train/loss_instruct"].item() == pytest.approx(right, rel=1e-6)
     assert metrics["train/loss"].item() == pytest.approx((1 - weight) * left + weight * right, rel=1e-6)
     expected = {name: (1 - weight) * grad + weight * of_right[name] for name, grad in of_left.items()}
-    if kind == "lora":
-        whole, expected = expected, {}
-        for name, (up, down) in pairs.items():  # d(2 B A): 2 dW A^T for B, 2 B^T dW for A
-            layer = f"base_model.model.{name.removesuffix('.weight')}"
-            expected[f"{layer}.lora_B.default.weight"] = 2 * whole[name] @ down.T
-            expected[f"{layer}.lora_A.default.weight"] = 2 * up.T @ whole[name]
-    found = gradients(module)
-    assert found.keys() == expected.keys() and len(found) > 10
-    for name, grad in found.items():
-        torch.testing.assert_close(grad.double(), expected[name], rtol=0, atol=4e-5 * expected[name].abs().max().item())
+    require_gradients(module, expected, pairs if kind == "lora" else {})
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
