@@ -179,7 +179,7 @@ def _nested(details: str) -> list[re.Match[str]]:
 
 
 def _indented(details: str, option: re.Match[str]) -> str:
-    """What is said of an option: the lines after it that are indented more."""
+    """What is reported of an option: the lines after it that are indented more."""
     first, *lines = details[option.end() :].split("\n")
     column = _column(details, option)
     return "\n".join([first, *takewhile(lambda line: len(line) - len(line.lstrip()) >= column, lines)])
