@@ -112,7 +112,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     for name in ("configs", "experiments", "shadowlit"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("my.yaml", "run.yaml", "sft.yaml"):
+    for name in ("my.yaml", "run.yaml", "sft.yaml", "method.yaml"):
         (folder / name).write_text((ROOT / "configs/qwen3_0.6b_lora.yaml").read_text(encoding="utf-8"))
     for path in DOCUMENTS:
         for block in blocks(path, "yaml"):
