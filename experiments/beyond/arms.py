@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from shadowlit.delta.transforms import gradfix
 from shadowlit.grafting.parameters import host_parameters
 from shadowlit.grafting.scales import FitScales, Keep
 from shadowlit.training.fit_scales import fit_scales
-from shadowlit.training.gradients import gradients_of
+from shadowlit.training.gradient_signs import sign_votes
 
 ANCHORS: dict[str, dict[str, float]] = {
     "A0.25": {"instruct": 0.25},
@@ -45,7 +45,7 @@ def _fitted(groups: Any) -> Callable[..., tuple[Delta, dict[str, Any]]]:
 
 def _grad_fix(delta: Delta, scorer: Scorer, rows: list[Encoded], kept: list[Encoded]) -> tuple[Delta, dict[str, Any]]:
     """The elements of the update that descend the Instruct's own loss on most rows (arXiv 2510.09658)."""
-    signs = votes(scorer.model, delta.shapes, rows[:_VOTES])
+    signs = signs_of(scorer.model, delta.shapes, rows[:_VOTES])
     update = {name: gradfix(delta.tensor(name), gradient_signs=signs.pop(name)) for name in delta.shapes}
     left = sum(int(tensor.count_nonzero()) for tensor in update.values())
     return Delta.of(update), {"kept": left / sum(tensor.numel() for tensor in update.values())}
@@ -74,19 +74,14 @@ def changed(source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str,
         return CHANGED[source](delta, scorer, rows, kept)
 
 
-def votes(model: Any, names: Mapping[str, Any], rows: list[Encoded]) -> dict[str, Tensor]:
+def signs_of(model: Any, names: Container[str], rows: list[Encoded]) -> dict[str, Tensor]:
     """The sign that the loss's gradient has on most rows, by the model's parameters of these names."""
     parameters = {name: parameter for name, parameter in host_parameters(model).items() if name in names}
-    found = {name: torch.zeros_like(parameter, dtype=torch.int8) for name, parameter in parameters.items()}
 
-    def count(name: str, gradient: Tensor) -> None:
-        found[name] += gradient.sign().to(torch.int8)
-
-    with torch.enable_grad(), gradients_of(model, parameters, count):
+    def losses() -> Iterator[Tensor]:
         for row in rows:
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
             labels = torch.tensor(row.labels[1:])
-            torch.nn.functional.cross_entropy(
-                logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
-            ).backward()
-    return {name: counts.sign() for name, counts in found.items()}
+            yield torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    return {name: votes.sign() for name, votes in sign_votes(model, parameters, losses()).items()}

@@ -63,9 +63,10 @@ def rates_at_level(setting: Setting) -> dict[str, float]:
     An arm that never diverges so far has the rate with the lowest loss there at scale 1.
     """
     best: dict[str, tuple[bool, float, float]] = {}
+    kl = level(setting)
     for run in setting.runs:
         if run.seed == 0:
-            there = run.at_divergence(level(setting), "choice")
+            there = run.at_divergence(kl, "choice")
             loss = per_token(run.path[1.0]["choice"] if there is None else there)
             found = (there is None, loss, run.lr)
             best[run.source] = min(best.get(run.source, found), found)
@@ -125,12 +126,9 @@ def _overview(settings: Sequence[Setting]) -> str:
     lines = []
     for setting in settings:
         anchors = best_anchors(setting)
-        columns = {"anchors": anchors, **{arm: arm for arm in CHANGED}}
-        cells = [setting.name, _text(better_by(setting, "I", "B"))]
-        for source in columns.values():
-            for other in "BI":
-                cells.append(_text(better_by(setting, source, other) if source else None))
-        cells.insert(2, NAMES[anchors] if anchors else NONE)
+        cells = [setting.name, _text(better_by(setting, "I", "B")), NAMES[anchors] if anchors else NONE]
+        for source in (anchors, *CHANGED):
+            cells += [_text(better_by(setting, source, other) if source else None) for other in "BI"]
         lines.append(cells)
     headings = ["setting", "I2I against B2I", "best anchors"]
     for name in ("best anchors", *(NAMES[arm] for arm in CHANGED)):

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -70,8 +71,7 @@ class Beyond(Study):
         }  # fmt: skip
 
     def train_and_score(self, training: Training) -> None:
-        shared = real.RESULTS / f"{training.name}.json"
-        if training.source not in ("B", "I") or not shared.exists() or self.results != RESULTS:
+        if not (real.RESULTS / f"{training.name}.json").exists():  # the other study's
             super().train_and_score(training)
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
@@ -80,12 +80,11 @@ class Beyond(Study):
     def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
         if training.source not in CHANGED:
             return super().delta_for(training, scorer)
-        source = Training(training.pair, training.task, training.method, "B", training.lr, training.seed)
-        return changed(training.source, Delta.open(self.delta_of(source)), scorer, self.calibration(training))
+        return changed(training.source, Delta.open(self.delta_of(training)), scorer, self.calibration(training))
 
     def delta_of(self, training: Training) -> Path:
         if training.source in CHANGED:  # nothing is trained: the Base's update is changed
-            training = Training(training.pair, training.task, training.method, "B", training.lr, training.seed)
+            training = replace(training, source="B")
         return super().delta_of(training)
 
     def calibration(self, training: Training) -> dict[str, Path]:
@@ -183,7 +182,9 @@ def main() -> None:
             pair, task, method = setting
             study = pairs[pair]
             study.prepare([pair])
-            study.measure_untouched(pair, task)
+            # Of a real pair they are the other study's, which `find` reads.
+            home = study if pair == "embedded" else Study(study.shared, study.runs)
+            home.measure_untouched(pair, task)
             rates = RATES[method] if pair == "embedded" else real.RATES[method]
             trained = ("B", "I", *ANCHORS)
             list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))

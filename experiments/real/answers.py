@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.evaluation.matching import Matcher
+
 Answered = list[list[Any]]
 """Of each row: the answer, whether it is right (None where nothing says so), and whether it ended by itself."""
 
@@ -38,6 +40,7 @@ FORMS = (
     ("What is water? End your answer with the word Done.", r"(?s).*\bDone\.?"),
 )
 """Requests for a form, and the pattern that the whole answer has to match."""
+_SAME_NUMBER = Matcher("numeric")
 LONGEST = {"tools": 96, "gsm8k": 160, "gsm8k_opened": 160, "forms": 48, "general": 64}
 """New tokens after which an answer is cut."""
 
@@ -101,6 +104,4 @@ def right_call(answer: str, reference: str) -> bool:
 
 def right_number(answer: str, reference: str) -> bool:
     """Whether the last number of an answer is that of the reference."""
-    last = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) for text in (answer, reference)]
-    given, right = ([float(number.replace(",", "")) for number in numbers[-1:]] for numbers in last)
-    return bool(given) and given == right
+    return _SAME_NUMBER.is_match(answer, [reference])

@@ -46,6 +46,7 @@ class Scorer:
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.instruct)
         self.model = AutoModelForCausalLM.from_pretrained(self.instruct, dtype=torch.float32).eval()
+        self.stored = AutoConfig.from_pretrained(self.instruct).dtype
         self.head = self.model.get_output_embeddings().weight.detach().clone()
         self.weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.rows = {name: self.read(file) for name, file in self.sets.items()}
@@ -66,9 +67,9 @@ class Scorer:
             self.model.load_state_dict(self.weights)
         else:
             self.load(onto)
-        own, stored = self.model.state_dict(), AutoConfig.from_pretrained(self.instruct).dtype
+        own = self.model.state_dict()
         for name in delta.shapes:
-            own[name].copy_(add_delta(own[name], delta.tensor(name), scale).to(stored))
+            own[name].copy_(add_delta(own[name], delta.tensor(name), scale).to(self.stored))
 
     @torch.no_grad()
     def measure(self, name: str, *, keep: bool = False, divergence: bool = True) -> list[list[float]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shadowlit.distributed import local
@@ -55,33 +55,48 @@ def gradient_signs(
         GraftError: A loss is not finite, or a grafted weight is in 4 bits.
     """
     parameters = graft.grafted_parameters
-    votes = {name: torch.zeros_like(local(p), dtype=torch.int8) for name, p in parameters.items()}
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-    def take(name: str, gradient: Tensor) -> None:
-        votes[name] += gradient.sign().to(torch.int8)
+    def losses() -> Iterator[Tensor]:
+        for number, batch in enumerate(rows):
+            if not sharded and number % ranks != rank:
+                continue
+            show_row(number)
+            with autocast():
+                loss = torch.as_tensor(objective.step(Outputs(head, move(batch)))["loss"])
+            if not loss.isfinite():
+                raise GraftError(
+                    f"the untouched Instruct has a loss of {loss.item()} on row {number} of those that transforms "
+                    "need gradients of. Check this row, or give others."
+                )
+            yield loss
 
-    def vote() -> None:
-        for counts in votes.values():
-            counts.zero_()  # where a checkpoint was saved meanwhile, all rows vote again
-        with torch.enable_grad(), gradients_of(graft.model, parameters, take):
-            for number, batch in enumerate(rows):
-                if not sharded and number % ranks != rank:
-                    continue
-                show_row(number)
-                with autocast():
-                    loss = torch.as_tensor(objective.step(Outputs(head, move(batch)))["loss"])
-                if not loss.isfinite():
-                    raise GraftError(
-                        f"the untouched Instruct has a loss of {loss.item()} on row {number} of those that transforms "
-                        "need gradients of. Check this row, or give others."
-                    )
-                loss.backward()
-
-    graft.measure(INSTRUCT, vote)
+    votes = graft.measure(INSTRUCT, lambda: sign_votes(graft.model, parameters, losses()))
     if ranks > 1 and not sharded:
         for counts in votes.values():
             dist.all_reduce(counts)
     signs = {name: counts.sign_() for name, counts in votes.items()}
     return {name: sign.cpu() for name, sign in signs.items()} if graft.offload else signs
+
+
+def sign_votes(model: nn.Module, parameters: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the sum of the signs that the gradients of several losses have, for each element of each parameter.
+
+    Args:
+        model: Model that the parameters belong to, sharded by FSDP2 or not.
+        parameters: Parameters by name.
+        losses: At most 127 scalar losses; each is differentiated before the next one is computed.
+
+    Returns:
+        -127 to 127 for each element, int8, of this rank's part of each parameter, by name.
+    """
+    votes = {name: torch.zeros_like(local(p), dtype=torch.int8) for name, p in parameters.items()}
+
+    def take(name: str, gradient: Tensor) -> None:
+        votes[name] += gradient.sign().to(torch.int8)
+
+    with torch.enable_grad(), gradients_of(model, parameters, take):
+        for loss in losses:
+            loss.backward()
+    return votes

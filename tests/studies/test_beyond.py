@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.beyond.arms import votes
+from experiments.beyond.arms import signs_of
 from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
 from experiments.beyond.study import Embedded
 from experiments.real.report import Setting
@@ -78,7 +78,7 @@ def test_rows_vote_on_the_sign_of_a_gradient(tmp_path):
         logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]))
         signs.append(torch.autograd.grad(loss, [dict(model.named_parameters())[name]])[0].sign())
-    found = votes(model, {name: None}, rows)
+    found = signs_of(model, {name}, rows)
     assert list(found) == [name] and (found[name] == sum(signs).sign()).float().mean() > 0.999
 
 
