@@ -69,3 +69,12 @@ def _broken(line: str, columns: int, taken: int) -> str:
         "x" * taken + line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(lines)[taken:]
+
+
+def is_number(word: str) -> bool:
+    """Return whether Python reads a text as a number, ``nan`` and ``inf`` included."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

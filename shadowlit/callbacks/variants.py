@@ -10,7 +10,7 @@ from typing import Any
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import ExportError, GraftError, wrong_names
 from shadowlit.grafting.subject import Subject, grafts
-from shadowlit.text import number
+from shadowlit.text import is_number, number
 
 BEST = "best"
 """The value of ``export.subject`` that chooses by the scores."""
@@ -39,7 +39,7 @@ def transforms_by_name(variants: Mapping[str, Variant]) -> dict[str, Transforms]
     if wrong := wrong_names("graft.variants", variants):
         raise GraftError(wrong[0])
     for name, variant in variants.items():
-        if _is_number(name):
+        if is_number(name):
             raise GraftError(
                 f"graft.variants has the name {name!r}, as which a scale of graft.scales would be logged. Choose "
                 "another, e.g. one that begins with a letter."
@@ -148,11 +148,3 @@ def losses_line(grafts: Sequence[Subject], metrics: Mapping[str, float], stage: 
     if not found or not any(each.variant for each in grafts):
         return None
     return f"losses of the grafts: {', '.join(f'{name} {number(loss)}' for name, loss in found.items())}"
-
-
-def _is_number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True

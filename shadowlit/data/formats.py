@@ -45,6 +45,7 @@ from shadowlit.data.turns import (
     unsupervised,
 )
 from shadowlit.errors import DataError, counted
+from shadowlit.text import is_number
 
 Samples = Literal["conversations", "contexts", "pairs", "labels"]
 """Kind of sample: a conversation, one with a context for a teacher, two answers, or one that is desirable or not."""
@@ -230,7 +231,7 @@ def unread_text(
             continue
         if name in _NO_EFFECT:
             unread[name] = shown(value)
-        texts = (text for text in texts_in(value) if not (untyped and _is_number(text)))
+        texts = (text for text in texts_in(value) if not (untyped and is_number(text)))
         lost = next((text for text in texts if not _is_copy(text, messages)), None)
         if lost is not None:
             unread[name] = shown(lost)
@@ -389,14 +390,6 @@ def _is_rendered(text: str, contents: Sequence[str]) -> bool:
         reached = at + len(content)
     last = text.rfind(contents[-1], reached) if contents else -1
     return last >= 0 and _END_MARKS.fullmatch(text, last + len(contents[-1])) is not None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _accepted(prompts_only: bool) -> str:

@@ -122,13 +122,19 @@ class Start(Callback):
             self.weights = parameters(module)
 
 
-def mean_loss(folder, update, samples):
-    """The mean loss per supervised token of a model in float64 with an update of its weights, and its gradients."""
+def updated(folder, update):
+    """A model in float64 with an update of its weights, and its parameters by name."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in update.items():
             weights[name].add_(change)
+    return model, weights
+
+
+def mean_loss(folder, update, samples):
+    """The mean loss per supervised token of a model in float64 with an update of its weights, and its gradients."""
+    model, weights = updated(folder, update)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for sample in samples:
         logits = model(input_ids=sample["input_ids"][None], attention_mask=sample["attention_mask"][None]).logits[0]

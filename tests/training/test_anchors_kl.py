@@ -41,6 +41,7 @@ from tests.training.test_anchors import (
     pair,
     parameters,
     require_gradients,
+    updated,
 )
 
 __all__ = ["pair"]  # a fixture
@@ -85,11 +86,7 @@ def update_of(pair, kind, weights):
 
 def mean_divergence(folder, update, samples):
     """``KL(W + Δ ‖ W)`` per supervised token in float64, and its gradients."""
-    reference, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for _ in range(2))
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, change in update.items():
-            weights[name].add_(change)
+    (reference, _), (model, weights) = updated(folder, {}), updated(folder, update)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for sample in samples:
         inputs = {"input_ids": sample["input_ids"][None], "attention_mask": sample["attention_mask"][None]}
