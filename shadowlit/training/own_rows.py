@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from shadowlit.errors import GraftError, counted
+from shadowlit.training.anchors import KL_ROWS
 
 
 def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
@@ -31,15 +32,15 @@ def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
             f"{key} is read as the data module reads its own sets, but {type(data).__name__} has no extra_loader. Use "
             "ShadowData or a subclass."
         )
-    if uses := uses_of(source, trainer):
+    if uses := [use for use in uses_of(source, trainer) if use != key]:
         raise GraftError(f"{key} is {source}, which is {' and '.join(uses)} too: {why}. Give rows of their own.")
     data.extra_loader(key, source)
 
 
 def warn_of_shared_rows(trainer: Trainer, key: str, consequence: str) -> None:
-    """Warn of rows of the set ``key`` that other sets have too, with what follows from it, a clause."""
+    """Warn of rows of the set ``key`` that other sets of the run have too, with what follows from it, a clause."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for other, count in data.overlap(key).items():
+    for other, count in data.overlap(key, [use for _, use in _uses(trainer)]).items():
         rank_zero_warn(
             f"data: {key} shares {counted(count, 'sample')} token for token with {other}, so that {consequence}. "
             "Remove these from one of the two."
@@ -47,23 +48,29 @@ def warn_of_shared_rows(trainer: Trainer, key: str, consequence: str) -> None:
 
 
 def uses_of(source: str, trainer: Trainer) -> list[str]:
-    """Return the keys of the run's data and evaluators that read a source too."""
+    """Return the keys by which a run reads a source: of its data, its evaluators, and rows of their own."""
     return [key for place, key in _uses(trainer) if place == _place(source)]
 
 
 def _uses(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """Where the rows of the run's data and evaluators are, and their keys."""
+    """Where the rows of a run are, and their keys."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for source in getattr(data, "train_sources", ()):
         yield _place(source.path), "data.train"
     for kind in ("validation", "test"):
         for name, source in getattr(data, f"{kind}_sets", {}).items():
             yield _place(source.path), f"data.{kind}.{name}"
+    anchors = getattr(trainer.lightning_module, "anchors", None)
+    if anchors is not None and anchors.kl is not None:
+        yield _place(anchors.kl.data), KL_ROWS
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for key, source in getattr(getattr(callback, "fit_scales", None), "sources", {}).items():
+            yield _place(source), key
         for name, evaluator in getattr(callback, "evaluators", {}).items():
             if isinstance(source := getattr(evaluator, "data", None), str):
                 yield _place(source), f"evaluation.evaluators.{name}.data"
 
 
 def _place(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
