@@ -126,6 +126,7 @@ def is_within_step(trainer: Trainer) -> bool:
     """Return whether a training has computed micro-batches, or begins one, of a step that isn't complete."""
     loop = trainer.fit_loop.epoch_loop
     batches = loop.batch_progress.current
+    assert isinstance(batches, _ProcessedTracker)
     return trainer.training and (batches.ready != batches.processed or loop._should_accumulate())
 
 
