@@ -70,8 +70,7 @@ def changed(source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str,
     """
     scorer.load(scorer.instruct)
     rows, kept = scorer.read(calibration["task"]), scorer.read(calibration["kept"])[:_KEPT]
-    with torch.autocast("cpu", torch.bfloat16, enabled=scorer.autocast):
-        return CHANGED[source](delta, scorer, rows, kept)
+    return CHANGED[source](delta, scorer, rows, kept)
 
 
 def signs_of(model: Any, names: Container[str], rows: list[Encoded]) -> dict[str, Tensor]:

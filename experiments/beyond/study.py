@@ -26,8 +26,6 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-import torch
-
 from experiments.beyond.arms import ANCHORS, CHANGED, changed
 from experiments.beyond.report import find, rates_at_level, write_report
 from experiments.real import study as real
@@ -38,7 +36,6 @@ from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import ShadowlitError
-from shadowlit.kernels import slow_on_cpu
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -71,7 +68,7 @@ class Beyond(Study):
         }  # fmt: skip
 
     def train_and_score(self, training: Training) -> None:
-        if not (real.RESULTS / f"{training.name}.json").exists():  # the other study's
+        if not self.is_finished(training, real.RESULTS):  # the other study's
             super().train_and_score(training)
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
@@ -118,11 +115,13 @@ class Embedded(Beyond):
     def instruct(self, pair: str) -> Path:
         return ROOT / "shadowlit/demo/pair/instruct"
 
+    def sets(self, task: str) -> dict[str, Path]:
+        asked = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report", "early")}
+        return {**asked, "general": self.data / "general.jsonl"}
+
     def scorer(self, pair: str, task: str) -> Scorer:
-        sets = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report")}
-        sets |= {"early": self.data / f"{task}_early.jsonl", "general": self.data / "general.jsonl"}
-        condensed = frozenset(sets) - {"report"}
-        scorer = Scorer(self.instruct(pair), sets, autocast=False, condensed=condensed)
+        sets = self.sets(task)
+        scorer = Scorer(self.instruct(pair), sets, condensed=frozenset(sets) - {"report"})
         # Of an answer the value alone: every style begins with it, and they differ in what follows.
         for name in ("choice", "report"):
             scorer.rows[name] = [_without_end(row) for row in scorer.rows[name]]
@@ -171,8 +170,6 @@ def main() -> None:
     embedded = Embedded(runs)
     pairs: dict[str, Study] = {"embedded": embedded}
     if given.shared:
-        if slow := slow_on_cpu(torch.bfloat16, "cpu"):
-            parser.error(f"{slow}. The real pairs are trained in bfloat16, so they need another machine")
         pairs |= dict.fromkeys(real.PAIRS, Beyond(given.shared.resolve(), runs, RESULTS))
     if given.step:
         return pairs["near"].do(*json.loads(given.step))
@@ -187,6 +184,7 @@ def main() -> None:
             home.measure_untouched(pair, task)
             rates = RATES[method] if pair == "embedded" else real.RATES[method]
             trained = ("B", "I", *ANCHORS)
+            study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))
             chosen = rates_at_level(find(RESULTS, real.RESULTS, *setting))
             list(pool.map(study.train_and_score, trainings(setting, rates, chosen, trained)))
