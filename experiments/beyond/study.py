@@ -26,9 +26,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-import torch
-
-from experiments.beyond.arms import ANCHORS, CHANGED, changed
+from experiments.beyond.arms import ANCHORS, CHANGED, anchors_of, changed
 from experiments.beyond.report import find, rates_at_level, write_report
 from experiments.real import study as real
 from experiments.real.rows import Row, write
@@ -38,7 +36,6 @@ from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import ShadowlitError
-from shadowlit.kernels import slow_on_cpu
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -58,20 +55,26 @@ class Beyond(Study):
 
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
         config, overrides = super().recipe(training)
-        if training.source not in ANCHORS:
-            return config, overrides
+        anchors = self.anchors(training)
+        if ANCHORS.get(training.source, {}).get("instruct", 1.0) == 1.0:  # one model in all steps
+            return config, {**overrides, **anchors}
         # The same rows in a step, in four micro-batches. An epoch of tool calls is 48 of its 49 rows then: its last
         # micro-batch would be alone in its step, and both models need one.
         batches = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
         whole = {"trainer.limit_train_batches": 24} if training.task == "tools" else {}
         every = overrides["trainer.val_check_interval"] * 4
         return config, {
-            **overrides, **batches, **whole, "trainer.val_check_interval": every,
-            "model.anchors": ANCHORS[training.source],
+            **overrides, **batches, **whole, "trainer.val_check_interval": every, **anchors,
         }  # fmt: skip
 
+    def anchors(self, training: Training) -> dict[str, Any]:
+        """The key of a training's anchors, if it has some."""
+        if training.source not in ANCHORS:
+            return {}
+        return {"model.anchors": anchors_of(training.source, self.calibration(training)["kept"])}
+
     def train_and_score(self, training: Training) -> None:
-        if not (real.RESULTS / f"{training.name}.json").exists():  # the other study's
+        if not self.is_finished(training, real.RESULTS):  # the other study's
             super().train_and_score(training)
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
@@ -80,7 +83,8 @@ class Beyond(Study):
     def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
         if training.source not in CHANGED:
             return super().delta_for(training, scorer)
-        return changed(training.source, Delta.open(self.delta_of(training)), scorer, self.calibration(training))
+        delta, rows = Delta.open(self.delta_of(training)), self.calibration(training)
+        return changed(training.source, delta, scorer, rows, training.seed)
 
     def delta_of(self, training: Training) -> Path:
         if training.source in CHANGED:  # nothing is trained: the Base's update is changed
@@ -88,7 +92,7 @@ class Beyond(Study):
         return super().delta_of(training)
 
     def calibration(self, training: Training) -> dict[str, Path]:
-        """Files with rows by which an update may be changed: of the task, and of what should be kept."""
+        """Files with rows by which an update may be changed or trained: of the task, and of what should be kept."""
         return {"task": self.data / f"{training.task}_choice.jsonl", "kept": self.data / "instruct_train.jsonl"}
 
 
@@ -118,24 +122,25 @@ class Embedded(Beyond):
     def instruct(self, pair: str) -> Path:
         return ROOT / "shadowlit/demo/pair/instruct"
 
+    def sets(self, task: str) -> dict[str, Path]:
+        asked = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report", "early")}
+        return {**asked, "general": self.data / "general.jsonl"}
+
     def scorer(self, pair: str, task: str) -> Scorer:
-        sets = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report")}
-        sets |= {"early": self.data / f"{task}_early.jsonl", "general": self.data / "general.jsonl"}
-        condensed = frozenset(sets) - {"report"}
-        scorer = Scorer(self.instruct(pair), sets, autocast=False, condensed=condensed)
+        sets = self.sets(task)
+        scorer = Scorer(self.instruct(pair), sets, condensed=frozenset(sets) - {"report"})
         # Of an answer the value alone: every style begins with it, and they differ in what follows.
         for name in ("choice", "report"):
             scorer.rows[name] = [_without_end(row) for row in scorer.rows[name]]
         return self.with_reference(scorer, pair, task)
 
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
-        anchors = {"model.anchors": ANCHORS[training.source]} if training.source in ANCHORS else {}
         return ROOT / f"configs/demo_{training.method}.yaml", {
             "data.ignore_columns": [], "data.batch_size": 8, "trainer.accumulate_grad_batches": 4, "data.test": {},
             "data.eval_batch_size": 64, "evaluation.evaluators": {}, "graft.baselines": False,
             "export.parts": ["delta"], "trainer.max_epochs": 8, "trainer.check_val_every_n_epoch": None,
             "trainer.val_check_interval": 75, "trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1,
-            "trainer.callbacks": [], "trainer.enable_checkpointing": False, **anchors,
+            "trainer.callbacks": [], "trainer.enable_checkpointing": False, **self.anchors(training),
         }  # fmt: skip
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
@@ -171,8 +176,6 @@ def main() -> None:
     embedded = Embedded(runs)
     pairs: dict[str, Study] = {"embedded": embedded}
     if given.shared:
-        if slow := slow_on_cpu(torch.bfloat16, "cpu"):
-            parser.error(f"{slow}. The real pairs are trained in bfloat16, so they need another machine")
         pairs |= dict.fromkeys(real.PAIRS, Beyond(given.shared.resolve(), runs, RESULTS))
     if given.step:
         return pairs["near"].do(*json.loads(given.step))
@@ -187,6 +190,7 @@ def main() -> None:
             home.measure_untouched(pair, task)
             rates = RATES[method] if pair == "embedded" else real.RATES[method]
             trained = ("B", "I", *ANCHORS)
+            study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))
             chosen = rates_at_level(find(RESULTS, real.RESULTS, *setting))
             list(pool.map(study.train_and_score, trainings(setting, rates, chosen, trained)))

@@ -84,8 +84,7 @@ def generate(
     tokenizer.padding_side = "left"
     texts = [tokenizer.apply_chat_template(list(p), add_generation_prompt=True, tokenize=False) for p in prompts]
     inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-    with torch.autocast("cpu", torch.bfloat16):
-        ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     stops = model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
     return [

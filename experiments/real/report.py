@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.real.premise import AS_IS
 from experiments.real.reading import read_result
+from shadowlit.errors import DataError
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, mean_text, paragraphs
 from shadowlit.studies.statistics import Interval, average, paired_bootstrap, spearman
@@ -29,19 +30,19 @@ Made by `python experiments/real/study.py --shared ../shared` from the result fi
 **Models.** The Base is Gemma 3 270M, pre-trained, dequantised from 4 bits, with its vocabulary cut to the 48,962 \
 tokens of the data (132M parameters left). Its published Instruct is not used: both Instructs are made here from \
 this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turns. *near* has 2 epochs (learning \
-rate 5e-5); *far* has 6, and then 2 epochs of DPO on 52 preference pairs. Such Instructs are far less trained than a \
-published one.
+rate 5e-5); *far* continues it with 3 more at 1e-4, and then 2 epochs of DPO on preference pairs. Such Instructs are \
+far less trained than a published one.
 
 **Tasks.** Tool calls (glaive, 49 training rows, no call or request twice) in 3 epochs; GSM8K solutions (160 \
 training rows) in 1 epoch; the same solutions behind the phrase "The solution is as follows:", with which the \
-Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers, bf16-mixed on a CPU.
+Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
 scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \
 scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only.
 
-**Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; its layers compute \
-in bfloat16 (autocast), its output head in float32. *first token* is the loss of an answer's first token, *rest* \
+**Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; it is trained and \
+scored in float32. *first token* is the loss of an answer's first token, *rest* \
 that of all others, *exact* the share of rows whose every token is the most probable one. *KL* is KL(model ‖ \
 untouched Instruct) per token of 40 held-out Alpaca answers, and *Alpaca loss* and *identity loss* are the losses on \
 held-out rows of what the Instruct was tuned on (two of the 16 identity answers are in its training rows under other \
@@ -190,6 +191,12 @@ class Setting:
         self.cosines: dict[str, float] = read_result(cosines, dict) if cosines.exists() else {}
         files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
         self.runs = [read_run(file, self.instruct) for file in files]
+        for source in sorted({run.source for run in self.runs}):
+            if len({run.raw.get("recipe") for run in self.runs if run.source == source}) > 1:
+                raise DataError(
+                    f"the results of {source} in {results / self.pair}/{task}_{method} are from trainings by different "
+                    "recipes, so they can't be compared. Run the study of this setting, which makes them again."
+                )
 
     @property
     def name(self) -> str:
@@ -283,7 +290,8 @@ def _rates(setting: Setting) -> str:
         tried = sorted({run.lr for run in setting.runs if run.source == source and run.seed == 0})
         edge = {tried[0]: "the smallest", tried[-1]: "the largest"}.get(lr) if len(tried) > 1 else None
         said.append(f"{ARMS[source]} {lr:g}" + (f" ({edge} tried: a better one may lie beyond)" if edge else ""))
-    return f"Chosen rates: {', '.join(said)}."
+    recipes = dict.fromkeys(str(run.raw.get("recipe")) for run in setting.runs)
+    return f"Chosen rates: {', '.join(said)}. Recipe {', '.join(recipes)}."
 
 
 def interval_text(found: Interval) -> str:

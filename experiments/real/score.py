@@ -1,7 +1,6 @@
 """Scores of models on chat rows, row by row: loss, first token, exactness, and divergence from the Instruct.
 
-Models are loaded in float32; a graft is rounded to the dtype of the Instruct's files first, as its export is. Linear
-layers compute in bfloat16 (autocast), unless that is switched off; the output head and all after it in float32.
+Models compute in float32; a graft is rounded to the dtype of the Instruct's files first, as its export is.
 """
 
 from __future__ import annotations
@@ -33,13 +32,11 @@ class Scorer:
     Args:
         instruct: Folder of the Instruct: its weights are the reference of the divergence, its tokenizer reads the rows.
         sets: Files of rows by their names.
-        autocast: Whether linear layers compute in bfloat16.
         condensed: Sets whose rows are summarised by a single one, see :func:`condense`.
     """
 
     instruct: Path
     sets: dict[str, Path]
-    autocast: bool = True
     condensed: frozenset[str] = frozenset()
     reference: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
@@ -83,8 +80,7 @@ class Scorer:
         found: dict[int, list[float]] = {}
         kept: dict[int, Tensor] = {}
         for rows, inputs in self._batches(name):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                hidden = self.model.model(**inputs).last_hidden_state.float()
+            hidden = self.model.model(**inputs).last_hidden_state
             for place, row in enumerate(rows):
                 labels = torch.tensor(self.rows[name][row].labels)
                 at = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]

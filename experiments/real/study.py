@@ -11,6 +11,7 @@ part of this repository.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
 import torch
+import yaml
 
 from experiments.real.answers import answer_all
 from experiments.real.premise import measure
@@ -40,22 +43,21 @@ from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
-from shadowlit.kernels import slow_on_cpu
 from shadowlit.studies.trials.process import Job, failure, start
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCALES = (0.5, 1.0, 1.5)
 SEEDS = (0, 1, 2)
-RATES = {"lora": (5e-5, 2e-4, 5e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
+RATES = {"lora": (2e-4, 5e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
 NUM_ANSWERED = 24  # rows of the task that are answered
 NUM_READ = 10  # general answers that are kept to be read
 NUM_PERTURBED = 40  # rows of GSM8K that are perturbed
-PAIRS = {"near": 2, "far": 6}
-"""Epochs of the Instruct's tuning; the far one is tuned on preferences too."""
+PAIRS = ("near", "far")
+"""The far Instruct is the near one, tuned further and then on preferences."""
 _SETTINGS = [
     *((pair, task, "lora") for pair in PAIRS for task in EPOCHS),
     ("near", "tools", "full"),
@@ -131,32 +133,37 @@ class Study:
         return self.runs / pair / "model"
 
     def _make_instruct(self, pair: str) -> None:
-        tuned = self.runs / (pair if pair == "near" else f"{pair}-sft")
+        tune = partial(fit, HERE / "instruct.yaml", self.runs / "instructs", threads=os.cpu_count() or 1)
+        rows = self.data / "instruct_train.jsonl"
         kept = {name: str(self.data / f"{name}.jsonl") for name in ("alpaca", "identity")}
+        if pair == "near":
+            tune(pair, pair=(self.base, self.base), train=rows, validation=kept, export=self.runs / pair)
+            return
+        near, tuned = self.instruct("near"), self.runs / "far-sft"
+        if not near.exists():
+            self._make_instruct("near")
         if not tuned.exists():
-            fit(
-                HERE / "instruct.yaml", self.runs / "instructs", f"{pair}-sft",
-                pair=(self.base, self.base), train=self.data / "instruct_train.jsonl", validation=kept, export=tuned,
-                **{"trainer.max_epochs": PAIRS[pair]},
-            )  # fmt: skip
-        if pair != "near":
-            fit(
-                HERE / "instruct.yaml", self.runs / "instructs", f"{pair}-dpo",
-                pair=(tuned / "model", tuned / "model"), train=self.data / "preferences.jsonl", validation=None,
-                export=self.runs / pair,
-                **{"model.objective": "DPO", "model.lr": 5e-6, "trainer.max_epochs": 2, "data.batch_size": 4,
-                   "data.max_length": 512, "data.group_by_length": False, "graft.baselines": True},
-            )  # fmt: skip
+            further = {"model.lr": 1e-4, "trainer.max_epochs": 3}
+            tune(tuned.name, pair=(near, near), train=rows, validation=kept, export=tuned, **further)
+        tune(
+            "far-dpo", pair=(tuned / "model", tuned / "model"), train=self.data / "preferences.jsonl", validation=None,
+            export=self.runs / pair,
+            **{"model.objective": "DPO", "model.lr": 5e-6, "data.batch_size": 4, "data.max_length": 512,
+               "data.group_by_length": False, "graft.baselines": True},
+        )  # fmt: skip
 
-    def scorer(self, pair: str, task: str) -> Scorer:
-        """A scorer of a task and of what should be kept, with the untouched Instruct as reference."""
-        sets = {
+    def sets(self, task: str) -> dict[str, Path]:
+        """The rows of a task and of what should be kept, by which models are scored."""
+        return {
             "choice": self.data / f"{task}_choice.jsonl",
             "report": self.data / f"{task}_report.jsonl",
             "general": self.data / "alpaca.jsonl",
             "identity": self.data / "identity.jsonl",
         }
-        return self.with_reference(Scorer(self.instruct(pair), sets), pair, task)
+
+    def scorer(self, pair: str, task: str) -> Scorer:
+        """A scorer of a task and of what should be kept, with the untouched Instruct as reference."""
+        return self.with_reference(Scorer(self.instruct(pair), self.sets(task)), pair, task)
 
     def with_reference(self, scorer: Scorer, pair: str, task: str) -> Scorer:
         """The scorer with the untouched Instruct's states on its rows, once they have been measured."""
@@ -184,7 +191,7 @@ class Study:
 
     def delta_of(self, training: Training) -> Path:
         """Folder of a training's delta, which is trained if it is not there."""
-        folder = self.runs / "trainings" / training.name
+        folder = self.runs / "trainings" / self.recipe_id(training) / training.name
         delta = folder.parent / f"{folder.name}-delta"
         if not delta.exists():
             instruct = self.instruct(training.pair)
@@ -207,9 +214,38 @@ class Study:
         }  # fmt: skip
         return HERE / "lora.yaml", overrides if training.method == "lora" else {**overrides, "model.adapter": None}
 
+    def recipe_id(self, training: Training) -> str:
+        """A digest of a training's configuration, and of the rows that it is trained and scored on.
+
+        A file that the configuration names counts by what is in it.
+        """
+        config, overrides = self.recipe(training)
+        files = (self.data / f"{training.task}_train.jsonl", *self.sets(training.task).values())
+        keys = json.dumps(
+            [yaml.safe_load(config.read_text()), overrides], sort_keys=True,
+            default=lambda file: hashlib.sha256(file.read_bytes()).hexdigest(),
+        )  # fmt: skip
+        parts = (keys.encode(), *(file.read_bytes() for file in files))
+        return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:8]
+
+    def is_finished(self, training: Training, results: Path) -> bool:
+        """Whether there is a result of this training, by its recipe."""
+        file = results / f"{training.name}.json"
+        return file.exists() and read_result(file, lambda raw: raw.get("recipe")) == self.recipe_id(training)
+
+    def remove_others(self, pair: str, task: str, method: str) -> None:
+        """Remove the results of a setting that are from another recipe, and what was measured of their updates."""
+        for file in sorted((self.results / pair / f"{task}_{method}").glob("*_seed*.json")):
+            of = read_result(file, lambda raw: Training(pair, task, method, raw["source"], raw["lr"], raw["seed"]))
+            if not self.is_finished(of, self.results):
+                print(f"{file} is from another recipe: removed, to be made again")
+                file.unlink()
+                for measured in ("cosines", "answers"):
+                    (self.results / pair / f"{task}_{method}_{measured}.json").unlink(missing_ok=True)
+
     def train_and_score(self, training: Training) -> None:
         """Train, score every scale, and write the result."""
-        if not (self.results / f"{training.name}.json").exists():
+        if not self.is_finished(training, self.results):
             self.delta_of(training)
             self.in_a_process("score", training.__dict__)
 
@@ -289,16 +325,15 @@ class Study:
             for name, values in read_metrics(self.folder_of(trained) / "metrics.csv").items()
             if name.startswith(("val/", "train/loss"))
         }
-        found = {**training.__dict__, "norm": delta.norm(), "live": live, **details, "scores": scores}
-        replace_text(self.results / f"{training.name}.json", compact(found))
+        made = {**training.__dict__, "recipe": self.recipe_id(training), "norm": delta.norm(), "live": live}
+        replace_text(self.results / f"{training.name}.json", compact({**made, **details, "scores": scores}))
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
         """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
         target = self.results / pair / f"{task}_{method}_cosines.json"
         found = read_result(target, dict) if target.exists() else {}
-        place = self.runs / "trainings" / pair / f"{task}_{method}"
-        for one in sorted(place.glob("B_*-delta")):
-            other = place / one.name.replace("B_", "I_", 1)
+        for one in sorted(self.runs.glob(f"trainings/*/{pair}/{task}_{method}/B_*-delta")):
+            other = one.with_name(one.name.replace("B_", "I_", 1))
             name = one.name.removeprefix("B_").removesuffix("-delta")
             if name not in found and other.exists():
                 found[name] = Delta.open(one / "delta").cosine(Delta.open(other / "delta"))
@@ -314,6 +349,7 @@ def fit(
     train: Path,
     validation: dict[str, str] | None,
     export: Path,
+    threads: int = 1,
     **overrides: Any,
 ) -> None:
     """Run ``shadowlit fit`` in a process of its own; its output goes into a folder next to its own."""
@@ -322,10 +358,11 @@ def fit(
         "run.root": root, "run.name": name, "export.folder": export, **overrides,
     }  # fmt: skip
     arguments = [
-        f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in given.items()
+        f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}"
+        for key, value in given.items()
     ]
     log = root / f"{name}-log"
-    process = start(Job(name, ("fit", "--config", str(config), *arguments)), log, threads=1)
+    process = start(Job(name, ("fit", "--config", str(config), *arguments)), log, threads=threads)
     while (code := process.poll()) is None:
         time.sleep(0.2)
     if code:
@@ -376,8 +413,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="settings, e.g. near/tools_lora")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if slow := slow_on_cpu(torch.bfloat16, "cpu"):
-        parser.error(f"{slow}. The study computes in bfloat16, so it needs another machine")
     study = Study(given.shared.resolve(), given.runs.resolve())
     if given.step:
         return study.do(*json.loads(given.step))
@@ -387,6 +422,7 @@ def main() -> None:
         for pair, task in dict.fromkeys((pair, task) for pair, task, _ in settings):
             study.measure_untouched(pair, task)
         for setting in settings:
+            study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], None)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)

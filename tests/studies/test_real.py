@@ -17,8 +17,9 @@ from experiments.real.report import (
     leave_one_setting_out,
     write_report,
 )
-from experiments.real.rows import alpaca, chat, gsm8k, tool_calls
+from experiments.real.rows import alpaca, chat, gsm8k, tool_calls, write
 from experiments.real.score import condense
+from experiments.real.study import Study, Training
 from shadowlit.errors import DataError
 
 
@@ -177,3 +178,26 @@ def test_a_condensed_set_has_the_sums_and_means_of_its_rows():
     many = [[4.0, 2.0, 3.0, 1.0, 0.5], [9.0, 7.0, 1.0, 0.0, 1.5]]
     one = condense(many)
     assert one == [[13.0, 9.0, 2.0, 0.5, 2.0]] and condense([row[:4] for row in many]) == [[13.0, 9.0, 2.0, 0.5]]
+
+
+def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
+    study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
+    training = Training("near", "tools", "lora", "B", 1e-3, 0)
+    for name in ("tools_train", "tools_choice", "tools_report", "alpaca", "identity"):
+        write([chat("a", name)], study.data / f"{name}.jsonl")
+    write_setting(study.results)
+    file = study.results / "near" / "tools_lora" / "B_lr0.0002_seed0.json"
+    other = file.with_name("B_lr0.0001_seed0.json")
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps({**raw, "recipe": study.recipe_id(training)}))  # rate and seed are in its name
+    with pytest.raises(DataError, match=r"results of B .* by different recipes"):
+        Setting(study.results, "near", "tools", "lora")
+    study.remove_others("near", "tools", "lora")
+    assert file.exists() and not other.exists()
+
+    before = {study.recipe_id(training)}
+    monkeypatch.setattr("experiments.real.study.EPOCHS", {"tools": 4})
+    before.add(study.recipe_id(training))
+    write([chat("a", "another")], study.data / "identity.jsonl")
+    before.add(study.recipe_id(training))
+    assert len(before) == 3 and study.recipe_id(training) in before

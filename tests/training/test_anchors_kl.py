@@ -324,13 +324,11 @@ def test_rows_are_refused_before_the_data_are_read(pair, files, monkeypatch):
         (files["neutral"], scales[1:], r"which is graft\.fit_scales\.keep\.data too"),
     ):
         with pytest.raises(ShadowlitError, match=message):
-            fit(
-                make_module(pair, "lora", anchors(0.5, data=given)),
-                data,
-                callbacks,
-                grafts=not set(scales) & set(callbacks),
-            )
-    with pytest.raises(GraftError, match=r"model\.anchors\.kl\.data is read .*, but NoData has no extra_loader"):
+            swaps = not set(scales) & set(callbacks)
+            fit(make_module(pair, "lora", anchors(0.5, data=given)), data, callbacks, grafts=swaps)
+    with pytest.raises(
+        GraftError, match=r"rows of model\.anchors\.kl\.data are read .*, but NoData has no extra_loader"
+    ):
         fit(make_module(pair, "lora", anchors(0.5)), NoData())
 
 
