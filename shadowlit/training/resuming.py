@@ -58,6 +58,16 @@ class StepLoop(_TrainingEpochLoop):
 class TrainingLoop(_FitLoop):
     """Lightning's loop over the epochs, which repeats a validation that was interrupted after the last step."""
 
+    leaves = False  # whether an epoch's last hooks are called
+
+    def on_advance_end(self) -> None:
+        """Leave an epoch."""
+        self.leaves = True
+        try:
+            super().on_advance_end()
+        finally:
+            self.leaves = False
+
     @property
     def done(self) -> bool:
         """Whether all is trained and validated."""
@@ -99,13 +109,17 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
         loops: The checkpoint's ``loops``.
     """
     loop, state = trainer.fit_loop.epoch_loop, loops["fit_loop"]
-    batches, epochs, fetcher = loop.batch_progress, trainer.fit_loop.epoch_progress, trainer.fit_loop._data_fetcher
+    batches, fetcher = loop.batch_progress, trainer.fit_loop._data_fetcher
     if not trainer.training or fetcher is None:
         return
-    assert isinstance(batches.total, _ProcessedTracker) and isinstance(epochs.total, _ProcessedTracker)
+    assert isinstance(batches.total, _ProcessedTracker)
     validates, ends = loop._should_check_val_fx(fetcher), loop._num_ready_batches_reached()
-    if epochs.total.completed == epochs.total.processed - 1 and not ends:  # max_time, max_steps or EarlyStopping
-        _count(state["epoch_progress"], "processed", -1)
+    if getattr(trainer.fit_loop, "leaves", False) and not ends:  # max_time, max_steps or EarlyStopping
+        for span, progress in state["epoch_progress"].items():
+            epochs = (
+                progress["ready"] - 1
+            )  # counted by hand, since a run that resumed at an epoch's end counts one more
+            state["epoch_progress"][span] = {**progress, "processed": epochs, "completed": epochs}
         _count(state["epoch_loop.batch_progress"], "completed", -1)
         state["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
         return

@@ -152,12 +152,16 @@ def short(tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize(("after", "stopped"), [(1, 1), (2, 1), (5, 3)])
-def test_a_training_that_was_stopped_resumes_exactly(short, tmp_path, after, stopped):
+@pytest.mark.parametrize(("after", "stopped", "options"), [
+    ([1], [1], {}), ([5], [3], {}), ([4, 6], [2, 3], {"max_epochs": -1, "max_steps": 4}),
+])  # fmt: skip
+def test_a_training_that_was_stopped_resumes_exactly(short, tmp_path, after, stopped, options):
     """By the clock or early, in the middle of an epoch: after the whole step, and the epoch is finished later."""
-    steps, expected = short()
-    assert short(Leave(after), ModelCheckpoint(tmp_path, "stopped"))[0] == stopped
-    again, found = short(ModelCheckpoint(tmp_path / "again"), start=tmp_path / "stopped.ckpt")
+    (steps, expected), start = short(**options), None
+    for place, step in zip(after, stopped, strict=True):
+        assert short(Leave(place), ModelCheckpoint(tmp_path, f"{step}"), start=start, **options)[0] == step
+        start = tmp_path / f"{step}.ckpt"
+    again, found = short(start=start, **options)
     assert again == steps == 4 and all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
