@@ -300,7 +300,11 @@ class AnchoredTraining:
                 "no length, so it isn't known how many the last step of an epoch has. Give the dataset a __len__, or "
                 "set trainer.limit_train_batches to a number of micro-batches."
             )
-        parts_of_step(0.5, min(micro, int(size)))
+        if size == 1:
+            raise ShadowlitError(
+                "an epoch has a single micro-batch, but each of the two models of model.anchors needs one. Give more "
+                "data, lower data.batch_size, or raise trainer.limit_train_batches."
+            )
         if size % micro == 1:
             raise ShadowlitError(
                 f"an epoch has {size} micro-batches, and its last step of trainer.accumulate_grad_batches={micro} has "

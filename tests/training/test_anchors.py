@@ -346,6 +346,8 @@ def test_trainers_that_can_not_divide_a_step_are_refused_before_the_data_are_rea
 def test_an_epoch_that_ends_with_one_micro_batch_is_refused(pair):
     with pytest.raises(ShadowlitError, match=r"an epoch has 5 micro-batches.*trainer.limit_train_batches=4"):
         fit(make_module(pair, "lora", Anchors(0.5)), RandomData(5, 1))
+    with pytest.raises(ShadowlitError, match=r"a single micro-batch.*lower data\.batch_size"):
+        fit(make_module(pair, "lora", Anchors(0.5)), RandomData(2, 2))
     fit(make_module(pair, "lora", Anchors(0.5)), RandomData(5, 1), limit_train_batches=4)
     for given, micro in ((Anchors(1.0), 2), (Anchors(1.0, last=0.5), 2), (Anchors(1.0, last=0.5), 1)):  # never both
         fit(make_module(pair, "lora", given), RandomData(5, 1), accumulate_grad_batches=micro)
