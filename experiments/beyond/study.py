@@ -57,13 +57,11 @@ class Beyond(Study):
         config, overrides = super().recipe(training)
         if training.source not in ANCHORS:
             return config, overrides
-        # The same rows in a step, in four micro-batches. An epoch of tool calls is 48 of its 49 rows then: its last
-        # micro-batch would be alone in its step, and both models need one.
+        # The same rows in a step, in four micro-batches.
         batches = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
-        whole = {"trainer.limit_train_batches": 24} if training.task == "tools" else {}
         every = overrides["trainer.val_check_interval"] * 4
         return config, {
-            **overrides, **batches, **whole, "trainer.val_check_interval": every,
+            **overrides, **batches, "trainer.val_check_interval": every,
             "model.anchors": ANCHORS[training.source],
         }  # fmt: skip
 

@@ -55,7 +55,7 @@ VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
 NUM_ANSWERED = 24  # rows of the task that are answered
 NUM_READ = 10  # general answers that are kept to be read
-NUM_PERTURBED = 40  # rows of GSM8K that are perturbed
+NUM_PERTURBED = 24  # rows of GSM8K that are perturbed
 PAIRS = ("near", "far")
 """The far Instruct is the near one, tuned further and then on preferences."""
 _SETTINGS = [
