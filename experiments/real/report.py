@@ -35,8 +35,9 @@ rate 5e-5); *far* continues it with 3 more at 1e-4, and then 2 epochs of DPO on 
 far less trained than a published one.
 
 **Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
-GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The solution is as follows:", with which the \
-Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers.
+GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
+solution is as follows:", with which the Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear \
+layers.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
 scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \

@@ -412,8 +412,8 @@ def main() -> None:
     settings = [s for s in _SETTINGS if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
     study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
     with ThreadPoolExecutor(given.workers) as pool:
-        for pair, task in dict.fromkeys((pair, task) for pair, task, _ in settings):
-            study.measure_untouched(pair, task)
+        measured = dict.fromkeys((pair, task) for pair, task, _ in settings)
+        list(pool.map(lambda which: study.measure_untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], None)))
