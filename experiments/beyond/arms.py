@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,42 +24,86 @@ ANCHORS: dict[str, dict[str, float]] = {
     "A0.5": {"instruct": 0.5},
     "A0.75": {"instruct": 0.75},
     "late": {"instruct": 0.5, "last": 0.25},
+    "A0.5_kl": {"instruct": 0.5, "kl": 1.0},
+    "I_kl": {"instruct": 1.0, "kl": 1.0},
 }
-"""``model.anchors`` by name of the arm."""
+"""``model.anchors`` by name of the arm; ``kl`` is its weight, on the rows that the study keeps."""
 _KEPT = 24  # rows of what should be kept, in the fit of scales
 _VOTES = 31  # rows that vote on the signs of GradFix, the default of graft.variants
 
 
-def _fitted(groups: Any) -> Callable[..., tuple[Delta, dict[str, Any]]]:
+class Given(NamedTuple):
+    """What an update may be changed by."""
+
+    scorer: Scorer  # whose model has the Instruct's weights
+    rows: list[Encoded]  # of the task
+    kept: list[Encoded]  # of what the Instruct could do before
+    seed: int  # of the training
+
+
+Change = Callable[[Delta, Given], tuple[Delta, dict[str, Any]]]
+"""Changes the Base's update, and says what is worth keeping of how."""
+
+
+def anchors_of(source: str, kept: Path) -> dict[str, Any]:
+    """``model.anchors`` of an arm; ``kept`` has the rows on which it is kept near the Instruct."""
+    found: dict[str, Any] = dict(ANCHORS[source])
+    return {**found, "kl": {"data": kept, "weight": found["kl"]}} if "kl" in found else found
+
+
+def _fitted(groups: Any) -> Change:
     """The update with a scale for each group, fitted on the rows for choosing and on others that should be kept."""
 
-    def change(delta: Delta, scorer: Scorer, rows: list[Encoded], kept: list[Encoded]) -> tuple[Delta, dict[str, Any]]:
-        samples, keep = ([{"input_ids": r.input_ids, "labels": r.labels} for r in some] for some in (rows, kept))
+    def change(delta: Delta, given: Given) -> tuple[Delta, dict[str, Any]]:
+        both = (given.rows, given.kept)
+        samples, keep = ([{"input_ids": r.input_ids, "labels": r.labels} for r in some] for some in both)
         options = FitScales("", groups=groups, keep=Keep("", weight=1.0))
-        fitted = fit_scales(scorer.model, delta, samples, options, keep)
+        fitted = fit_scales(given.scorer.model, delta, samples, options, keep)
         update = {name: delta.tensor(name) * fitted.by_tensor[name] for name in delta.shapes}
         return Delta.of(update), {"scales": fitted.scales, "history": fitted.history}
 
     return change
 
 
-def _grad_fix(delta: Delta, scorer: Scorer, rows: list[Encoded], kept: list[Encoded]) -> tuple[Delta, dict[str, Any]]:
+def _grad_fix(delta: Delta, given: Given) -> tuple[Delta, dict[str, Any]]:
     """The elements of the update that descend the Instruct's own loss on most rows (arXiv 2510.09658)."""
-    signs = signs_of(scorer.model, delta.shapes, rows[:_VOTES])
-    update = {name: gradfix(delta.tensor(name), gradient_signs=signs.pop(name)) for name in delta.shapes}
+    signs = signs_of(given.scorer.model, delta.shapes, given.rows[:_VOTES])
+    return _measured({name: gradfix(delta.tensor(name), gradient_signs=signs.pop(name)) for name in delta.shapes})
+
+
+def _transformed(name: str, is_random: bool = False, **parameters: Any) -> Change:
+    """The update with a transform; a random one is seeded as the training is."""
+
+    def change(delta: Delta, given: Given) -> tuple[Delta, dict[str, Any]]:
+        found = delta.map([{"name": name, **parameters, **({"seed": given.seed} if is_random else {})}])
+        update, about = _measured({name: found.tensor(name) for name in found.shapes})
+        return update, {**about, "transforms": found.transforms}
+
+    return change
+
+
+def _measured(update: dict[str, Tensor]) -> tuple[Delta, dict[str, Any]]:
+    """An update in memory, and which fraction of its elements is not zero."""
     left = sum(int(tensor.count_nonzero()) for tensor in update.values())
     return Delta.of(update), {"kept": left / sum(tensor.numel() for tensor in update.values())}
 
 
-CHANGED: dict[str, Callable[..., tuple[Delta, dict[str, Any]]]] = {
+CHANGED: dict[str, Change] = {
+    "fitted_all": _fitted("all"),
     "fitted_layer": _fitted("layer"),
     "fitted_kind": _fitted("kind"),
     "gradfix": _grad_fix,
+    "ties": _transformed("ties", density=0.2),
+    "dare": _transformed("dare", is_random=True, density=0.2),
+    "magnitude": _transformed("magnitude", density=0.1),
+    "svd8": _transformed("svd", rank=8),
 }
 """Changes of the Base's update by name of the arm: nothing is trained for them."""
 
 
-def changed(source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path]) -> tuple[Delta, dict[str, Any]]:
+def changed(
+    source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path], seed: int
+) -> tuple[Delta, dict[str, Any]]:
     """The Base's update, changed as the arm says, and what is worth keeping of how.
 
     Args:
@@ -67,10 +111,11 @@ def changed(source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str,
         delta: The Base's update.
         scorer: Its model is used, and has the Instruct's weights afterwards.
         calibration: Files of rows: ``task`` and ``kept``.
+        seed: Seed of the training.
     """
     scorer.load(scorer.instruct)
     rows, kept = scorer.read(calibration["task"]), scorer.read(calibration["kept"])[:_KEPT]
-    return CHANGED[source](delta, scorer, rows, kept)
+    return CHANGED[source](delta, Given(scorer, rows, kept, seed))
 
 
 def signs_of(model: Any, names: Container[str], rows: list[Encoded]) -> dict[str, Tensor]:

@@ -10,22 +10,36 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.beyond.arms import ANCHORS, CHANGED
-from experiments.real.report import EXACT, Run, Setting, advantage, interval_text, per_token, read_run, save, shown
+from experiments.real.report import (
+    EXACT,
+    Rows,
+    Run,
+    Setting,
+    advantage,
+    interval_text,
+    per_token,
+    read_run,
+    save,
+    shown,
+)
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, paragraphs
 from shadowlit.studies.statistics import Interval
 
 _HEAD = """\
-# Beyond the paper: anchors, fitted scales and GradFix against the graft and direct tuning
+# Beyond the paper: anchors, fitted scales and transforms against the graft and direct tuning
 
 Made by `python experiments/beyond/study.py` from the result files in `results/`.
 
 **Arms.** B2I trains the Base and adds its update to the Instruct; I2I trains the Instruct. *anchors α* trains one \
 update on both, with weight α on the Instruct (`model.anchors`); *anchors late* has α = 0.5 in the last quarter of \
-the steps and 0 before. The others change the update of B2I, and train nothing: *scales by layer* and *by kind* are \
-`graft.fit_scales` on the rows for choosing, with the divergence from the Instruct on other rows at weight 1; \
-*GradFix* keeps the elements whose sign is that of a step down the Instruct's own gradient on the rows for choosing \
-(arXiv 2510.09658). Every update is scored at scales of 0.05 (real pair: 0.5) to 1.5.
+the steps and 0 before; *with KL* adds the divergence from the Instruct on other rows at weight 1 \
+(`model.anchors.kl`). The others change the update of B2I, and train nothing: *best single scale*, *scales by layer* \
+and *by kind* are `graft.fit_scales` on the rows for choosing, with the divergence on some of those other rows at \
+weight 1; *GradFix* keeps the elements whose sign is that of a step down the Instruct's own gradient on the rows for \
+choosing (arXiv 2510.09658); *TIES* and *magnitude* keep the largest elements of each matrix, *DARE* random ones, \
+which it scales up; *SVD* cuts each matrix to its largest singular values. Arms without results are left out. \
+Every update is scored at scales of 0.05 (real pair: 0.5) to 1.5.
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
 600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
@@ -40,12 +54,20 @@ standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, wid
 and not corrected for their number.
 """
 _DECIDES = """\
-How much lower an arm's loss is than that of B2I and I2I at equal KL, in nats per token; below zero, it is worse. \
-*Best anchors* is the arm with anchors that has the lowest loss at equal KL on the rows for choosing.
+How much lower an arm's loss is than that of B2I or I2I at equal KL, in nats per token; below zero, it is worse. \
+*Best anchors* is the arm with anchors and without KL that has the lowest loss at equal KL on the rows for choosing; \
+its α is in brackets.
+"""
+_GAINS = """\
+How much lower the loss on the reported rows is than that of B2I at scale 1, and than that of the best single scale, \
+which is found by the same objective on the same rows: first with all updates as they were fitted, whose divergences \
+differ, and then at equal KL, where the best single scale is B2I itself.
 """
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
-    "fitted_layer": "scales by layer", "fitted_kind": "scales by kind", "gradfix": "GradFix",
+    "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "best single scale",
+    "fitted_layer": "scales by layer", "fitted_kind": "scales by kind", "gradfix": "GradFix", "ties": "TIES (20 %)",
+    "dare": "DARE (20 %)", "magnitude": "magnitude (10 %)", "svd8": "SVD (rank 8)",
 }  # fmt: skip
 assert set(NAMES) == {"B", "I", *ANCHORS, *CHANGED}
 
@@ -79,19 +101,26 @@ def runs_of(setting: Setting, source: str) -> list[Run]:
     return sorted((r for r in setting.runs if r.source == source and r.lr == lr), key=lambda run: run.seed)
 
 
-def better_by(setting: Setting, source: str, than: str) -> Interval | None:
-    """How much lower the loss of an arm is than that of another at equal KL, over the seeds of both."""
+def better_by(setting: Setting, source: str, than: str, *, as_it_is: bool = False) -> Interval | None:
+    """How much lower the loss of an arm is than that of another, over the seeds of both.
+
+    Both are scaled to equal KL; or ``as_it_is``, at scale 1.
+    """
     kl = level(setting)
-    others = {run.seed: run.at_divergence(kl) for run in runs_of(setting, than)}
-    pairs = [(run.at_divergence(kl), others.get(run.seed)) for run in runs_of(setting, source)]
+
+    def rows_of(run: Run) -> Rows | None:
+        return run.path[1.0]["report"] if as_it_is else run.at_divergence(kl)
+
+    others = {run.seed: rows_of(run) for run in runs_of(setting, than)}
+    pairs = [(rows_of(run), others.get(run.seed)) for run in runs_of(setting, source)]
     found = [(one, two) for one, two in pairs if one is not None and two is not None]
     return advantage(found) if found else None
 
 
 def best_anchors(setting: Setting) -> str | None:
-    """The arm with anchors whose loss at equal KL is the lowest on the rows for choosing."""
+    """The arm with anchors and without KL whose loss at equal KL is the lowest on the rows for choosing."""
     losses = {}
-    for source in ANCHORS:
+    for source in (arm for arm, options in ANCHORS.items() if "kl" not in options):
         scores = [run.at_divergence(level(setting), "choice") for run in runs_of(setting, source)]
         known = [per_token(one) for one in scores if one is not None]
         if known and len(known) == len(scores):
@@ -122,17 +151,39 @@ def _scores(setting: Setting) -> str:
     return markdown_table(headings, lines)
 
 
-def _overview(settings: Sequence[Setting]) -> str:
+def _overview(settings: Sequence[Setting], than: str) -> str:
+    """How much better than B2I or I2I the best anchors, and all other arms, are in each setting."""
+    best = [(setting, best_anchors(setting)) for setting in settings]
+    lines = [
+        ["best anchors"]
+        + [
+            f"{_text(better_by(setting, arm, than))} [{NAMES[arm].removeprefix('anchors ')}]" if arm else NONE
+            for setting, arm in best
+        ]
+    ]
+    for source, name in NAMES.items():
+        if source != than and (source not in ANCHORS or "kl" in ANCHORS[source]):
+            lines.append([name, *(_text(better_by(setting, source, than)) for setting in settings)])
+    known = [line for line in lines if set(line[1:]) != {NONE}]
+    return markdown_table(("arm", *(setting.name for setting in settings)), known)
+
+
+def _gains(settings: Sequence[Setting]) -> str:
+    """What scales by group gain over scale 1, and over the best single scale."""
     lines = []
     for setting in settings:
-        anchors = best_anchors(setting)
-        cells = [setting.name, _text(better_by(setting, "I", "B")), NAMES[anchors] if anchors else NONE]
-        for source in (anchors, *CHANGED):
-            cells += [_text(better_by(setting, source, other) if source else None) for other in "BI"]
-        lines.append(cells)
-    headings = ["setting", "I2I against B2I", "best anchors"]
-    for name in ("best anchors", *(NAMES[arm] for arm in CHANGED)):
-        headings += [f"{name} against B2I", "against I2I"]
+        for source in (arm for arm in CHANGED if arm.startswith("fitted_") and runs_of(setting, arm)):
+            single = [run.raw["scales"]["all"] for run in runs_of(setting, source)] if source == "fitted_all" else []
+            gains = [
+                _text(better_by(setting, source, than, as_it_is=as_it_is)) if source != than else NONE
+                for as_it_is in (True, False)
+                for than in ("B", "fitted_all")
+            ]
+            lines.append([setting.name, NAMES[source], shown(single) if single else NONE, *gains])
+    headings = (
+        "setting", "scales", "single scale", "lower than at scale 1 by", "than at the best single scale by",
+        "at equal KL: than B2I by", "than the best single scale by",
+    )  # fmt: skip
     return markdown_table(headings, lines)
 
 
@@ -153,10 +204,11 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
                 axis.plot(
                     [fmean(run.divergence(s) for run in runs) for s in scales],
                     [fmean(run.learned(s) for run in runs) for s in scales],
-                    color=plt.get_cmap("tab10")(number), marker="o", markersize=3,
+                    color=plt.get_cmap("tab20")(number), marker="o", markersize=3,
                     linestyle="-" if source in ("B", "I") else "--" if source in ANCHORS else ":", label=name,
                 )  # fmt: skip
         axis.set_xscale("function", functions=(np.sqrt, np.square))
+        axis.set_xlim(left=0.0)  # what diverges little would lie outside
     save(figure, settings, target, "KL from the Instruct (nats per token, square-root axis)")
 
 
@@ -183,7 +235,10 @@ def write_report(results: Path, home: Path, others: Path) -> None:
     if not settings:
         return
     plot(settings, home / "learned_against_kl.png")
-    parts = [_HEAD, "## What decides", _DECIDES, _overview(settings), "![learned against KL](learned_against_kl.png)"]
+    parts = [_HEAD, "## What decides", _DECIDES]
+    for than in "BI":
+        parts += [f"### Against {NAMES[than]}", _overview(settings, than)]
+    parts += ["![learned against KL](learned_against_kl.png)", "## Scales by group", _GAINS, _gains(settings)]
     for setting in settings:
         parts += [f"## {setting.name}", _scores(setting)]
     replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-from experiments.beyond.arms import ANCHORS, CHANGED, changed
+from experiments.beyond.arms import ANCHORS, CHANGED, anchors_of, changed
 from experiments.beyond.report import find, rates_at_level, write_report
 from experiments.real import study as real
 from experiments.real.rows import Row, write
@@ -55,15 +55,19 @@ class Beyond(Study):
 
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
         config, overrides = super().recipe(training)
-        if training.source not in ANCHORS:
-            return config, overrides
+        anchors = self.anchors(training)
+        if ANCHORS.get(training.source, {}).get("instruct", 1.0) == 1.0:  # one model in all steps
+            return config, {**overrides, **anchors}
         # The same rows in a step, in four micro-batches.
         batches = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
         every = overrides["trainer.val_check_interval"] * 4
-        return config, {
-            **overrides, **batches, "trainer.val_check_interval": every,
-            "model.anchors": ANCHORS[training.source],
-        }  # fmt: skip
+        return config, {**overrides, **batches, "trainer.val_check_interval": every, **anchors}
+
+    def anchors(self, training: Training) -> dict[str, Any]:
+        """The key of a training's anchors, if it has some."""
+        if training.source not in ANCHORS:
+            return {}
+        return {"model.anchors": anchors_of(training.source, self.calibration(training)["kept"])}
 
     def train_and_score(self, training: Training) -> None:
         if not self.is_finished(training, real.RESULTS):  # the other study's
@@ -75,7 +79,8 @@ class Beyond(Study):
     def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
         if training.source not in CHANGED:
             return super().delta_for(training, scorer)
-        return changed(training.source, Delta.open(self.delta_of(training)), scorer, self.calibration(training))
+        delta, rows = Delta.open(self.delta_of(training)), self.calibration(training)
+        return changed(training.source, delta, scorer, rows, training.seed)
 
     def delta_of(self, training: Training) -> Path:
         if training.source in CHANGED:  # nothing is trained: the Base's update is changed
@@ -83,7 +88,7 @@ class Beyond(Study):
         return super().delta_of(training)
 
     def calibration(self, training: Training) -> dict[str, Path]:
-        """Files with rows by which an update may be changed: of the task, and of what should be kept."""
+        """Files with rows by which an update may be changed or trained: of the task, and of what should be kept."""
         return {"task": self.data / f"{training.task}_choice.jsonl", "kept": self.data / "instruct_train.jsonl"}
 
 
@@ -126,13 +131,12 @@ class Embedded(Beyond):
         return self.with_reference(scorer, pair, task)
 
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
-        anchors = {"model.anchors": ANCHORS[training.source]} if training.source in ANCHORS else {}
         return ROOT / f"configs/demo_{training.method}.yaml", {
             "data.ignore_columns": [], "data.batch_size": 8, "trainer.accumulate_grad_batches": 4, "data.test": {},
             "data.eval_batch_size": 64, "evaluation.evaluators": {}, "graft.baselines": False,
             "export.parts": ["delta"], "trainer.max_epochs": 8, "trainer.check_val_every_n_epoch": None,
             "trainer.val_check_interval": 75, "trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1,
-            "trainer.callbacks": [], "trainer.enable_checkpointing": False, **anchors,
+            "trainer.callbacks": [], "trainer.enable_checkpointing": False, **self.anchors(training),
         }  # fmt: skip
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:

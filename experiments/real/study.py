@@ -215,10 +215,16 @@ class Study:
         return HERE / "lora.yaml", overrides if training.method == "lora" else {**overrides, "model.adapter": None}
 
     def recipe_id(self, training: Training) -> str:
-        """A digest of a training's configuration, and of the rows that it is trained and scored on."""
+        """A digest of a training's configuration, and of the rows that it is trained and scored on.
+
+        A file that the configuration names counts by what is in it.
+        """
         config, overrides = self.recipe(training)
         files = (self.data / f"{training.task}_train.jsonl", *self.sets(training.task).values())
-        keys = json.dumps([yaml.safe_load(config.read_text()), overrides], sort_keys=True)
+        keys = json.dumps(
+            [yaml.safe_load(config.read_text()), overrides], sort_keys=True,
+            default=lambda file: hashlib.sha256(file.read_bytes()).hexdigest(),
+        )  # fmt: skip
         parts = (keys.encode(), *(file.read_bytes() for file in files))
         return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:8]
 
@@ -352,7 +358,8 @@ def fit(
         "run.root": root, "run.name": name, "export.folder": export, **overrides,
     }  # fmt: skip
     arguments = [
-        f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in given.items()
+        f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}"
+        for key, value in given.items()
     ]
     log = root / f"{name}-log"
     process = start(Job(name, ("fit", "--config", str(config), *arguments)), log, threads=threads)

@@ -220,7 +220,9 @@ class ExportCallback(Callback):
         lines = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
         if self._fitted is not None:
             lines = [*self._fitted.lines, *lines]
-            on_first_rank(partial(write_scales, target, self._fitted.found, graft.in_files(graft.fitted)))
+            fitted, transforms = self._fitted, self._graft.transforms_of(subject).specs
+            by_file = graft.in_files(graft.fitted)
+            on_first_rank(partial(write_scales, target, fitted.found, by_file, fitted.update, transforms))
         self._graft.exported = [*([] if choice is None else [choice.line]), *lines]
 
     def _choose(self, trainer: Trainer, is_scored: bool) -> tuple[Subject, Choice | None]:

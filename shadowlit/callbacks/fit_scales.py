@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.errors import GraftError
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
-from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of
+from shadowlit.grafting.scales import EVERYTHING, FitScales, FittedScales, Measured, fit, group_of
 from shadowlit.grafting.subject import Subject
 from shadowlit.text import duration, number
 from shadowlit.training.bar import show
@@ -47,18 +46,33 @@ class FittedGraft:
         found: The scales.
         metrics: ``val/fitted/<metric>`` of the exported model; empty without validation data.
         lines: What the fit's last lines say of it.
+        update: Fingerprint of the update that they were fitted to, before any transform.
     """
 
     subject: Subject
     found: FittedScales
     metrics: dict[str, float]
     lines: list[str]
+    update: str
 
 
-def write_scales(folder: Path, found: FittedScales, by_file: Mapping[str, float]) -> None:
-    """Write scales to a folder, by the names of the files' tensors, and a heat map if there are layers."""
-    text = json.dumps({**found.about, "history": found.history, "tensors": by_file}, indent=2)
-    replace_text(folder / SCALES_FILE, f"{text}\n")
+def write_scales(
+    folder: Path, found: FittedScales, by_file: Mapping[str, float], update: str, transforms: Sequence[Any]
+) -> None:
+    """Write scales to a folder, by the names of the files' tensors, and a heat map if there are layers.
+
+    Args:
+        folder: Folder.
+        found: Scales.
+        by_file: Scale of each tensor.
+        update: Fingerprint of what was learned of these tensors.
+        transforms: Names and parameters of the update's transforms.
+    """
+    fitted_to = {"fingerprint": update, "transforms": transforms}
+    content = {**found.about, "history": found.history, "update": fitted_to, "tensors": by_file}
+    replace_text(folder / SCALES_FILE, f"{json.dumps(content, indent=2)}\n")
+    if found.groups == EVERYTHING:
+        return
     layers = {name: layer for name in by_file if (layer := layer_of(name)) is not None and not is_bias(name)}
     if cells := {(kind_of(name), layer): by_file[name] for name, layer in layers.items()}:
         from shadowlit.plotting import HeatMap, draw_heat_maps, save_figure  # late: matplotlib takes a second
@@ -139,7 +153,7 @@ def fit_at_end(
         logged |= {f"graft/scale/{group}": scale for group, scale in found.scales.items()}
     for logger in trainer.loggers:
         logger.log_metrics(logged, step=trainer.global_step)
-    return FittedGraft(fitted, found, metrics, lines)
+    return FittedGraft(fitted, found, metrics, lines, graft.fingerprint())
 
 
 def _scores(
@@ -156,7 +170,7 @@ def _scores(
     for subject, scales in ((whole, {}), (fitted, found.by_tensor)):
         graft.fitted = scales
         try:
-            scored.append(graft.measure(whole, partial(_score, trainer, module, subject)))
+            scored.append(graft.measure(whole, partial(_score, trainer, module, callback, subject)))
         finally:
             graft.fitted = {}
     (plain, plain_rows), (own, own_rows) = scored
@@ -177,17 +191,13 @@ def _scores(
     return {f"val/{fitted.name}/{name}": value for name, value in own.items()}
 
 
-def _score(trainer: Trainer, module: ShadowModule, subject: Subject) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _score(
+    trainer: Trainer, module: ShadowModule, callback: GraftCallback, subject: Subject
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Score the weights that are loaded on the validation sets, as a validation would."""
     module.take_scores(subject)  # those of a pass that is repeated
-    loaders: Any = trainer.val_dataloaders
-    loaders = loaders if isinstance(loaders, list) else [loaders]
     with isolate_rng(), torch.no_grad(), evaluating(module):
-        for index, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True)):
-            for number_, batch in enumerate(islice(loader, int(limit))):
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-                with trainer.precision_plugin.val_step_context():
-                    module.validation_step(batch, number_, index, subject)
+        callback.run_batches(trainer, subject)
         rows = module.sample_scores(subject)
         return module.take_scores(subject), rows
 

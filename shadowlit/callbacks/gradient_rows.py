@@ -23,7 +23,7 @@ from shadowlit.training.gradient_signs import gradient_signs
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.outputs import Batch
-from shadowlit.training.own_rows import uses_of
+from shadowlit.training.own_rows import data_for, uses_of, warn_of_shared_rows
 from shadowlit.training.parallel import reduce_gradients
 
 
@@ -47,26 +47,18 @@ def read_gradient_rows(trainer: Trainer, module: ShadowModule, transforms: Itera
                 f"{key} needs gradients of the weights, which model.quantization={module.quantization} doesn't have. "
                 "Set it to null, or use transforms without gradients (dare, svd, ties, magnitude)."
             )
-        found = len(_loader(trainer, given).dataset)
+        found = len(_loader(trainer, given, key).dataset)
         if found < given.rows:
             raise GraftError(
                 f"{key} asks for the gradients of {counted(given.rows, 'row')}, but {given.data} has {found}. Set rows "
                 "to at most that, to an odd number if possible, so that there is a majority."
             )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        consequence = f"the scores there favour the graft with {key}"
         # Of sets that this command doesn't read, and of evaluators, only the files can be compared.
         unread = ("evaluation", *(() if trainer.testing else ("data.test",)))
         for use in (each for each in uses_of(given.data, trainer) if each.startswith(unread)):
-            rank_zero_warn(
-                f"data: {given.data}, whose gradients {key} uses, is {use} too, so that the scores there favour this "
-                "graft. Give other rows."
-            )
-        for other, count in data.overlap(_set_name(given)).items():
-            if other != "train":
-                rank_zero_warn(
-                    f"data: {given.data}, whose gradients {key} uses, shares {counted(count, 'sample')} token for "
-                    f"token with {other}, so that the scores there favour this graft. Give other rows."
-                )
+            rank_zero_warn(f"data: {given.data} is {use} too, so that {consequence}. Give other rows.")
+        warn_of_shared_rows(trainer, _set_name(given), consequence, but=("train",))
 
 
 def measure_signs(trainer: Trainer, module: ShadowModule, graft: LiveGraft, transforms: Iterable[Transforms]) -> None:
@@ -86,7 +78,7 @@ def measure_signs(trainer: Trainer, module: ShadowModule, graft: LiveGraft, tran
             reduce_gradients(module.model, True)
             graft.signs[given] = gradient_signs(
                 graft,
-                _rows(trainer, given),
+                _rows(trainer, given, key),
                 HeadLoss(module.model, module.head_loss),  # the module chooses its own when it has its weights
                 module.objective,
                 autocast=trainer.precision_plugin.val_step_context,
@@ -108,23 +100,17 @@ def _sources(transforms: Iterable[Transforms]) -> dict[GradientRows, str]:
     return found
 
 
-def _loader(trainer: Trainer, given: GradientRows) -> Any:
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "extra_loader"):
-        raise GraftError(
-            f"transforms that need gradients read their rows as the data module does, but {type(data).__name__} has no "
-            "extra_loader. Use ShadowData or a subclass, or other transforms."
-        )
-    return data.extra_loader(_set_name(given), given.data, 1)
+def _loader(trainer: Trainer, given: GradientRows, key: str) -> Any:
+    return data_for(trainer, key).extra_loader(_set_name(given), given.data, 1)
 
 
 def _set_name(given: GradientRows) -> str:
     return f"gradient rows of {given.data}"
 
 
-def _rows(trainer: Trainer, given: GradientRows) -> list[Batch]:
+def _rows(trainer: Trainer, given: GradientRows, key: str) -> list[Batch]:
     """The first rows of a source, one in each batch, the same on all ranks."""
-    loader = _loader(trainer, given)
+    loader = _loader(trainer, given, key)
     return [loader.collate_fn([loader.dataset[number]]) for number in range(given.rows)]
 
 

@@ -113,8 +113,8 @@ class GraftCallback(Callback):
             validation: {dare: {transforms: [{name: dare, density: 0.2}]}} is logged as ``val/grafted@dare/*``.
             ``export.subject`` chooses the one that is exported.
         validate: Whether the grafted models are validated; false if only the tuned model and the update matter.
-        fit_scales: Calibration rows on which scales of layers, kinds or tensors are found when the training ends, and
-            how; the export has them (docs/beyond.md). null for one scale everywhere.
+        fit_scales: Calibration rows on which scales of layers, kinds or tensors, or the best single one, are found
+            when the training ends, and how; the export has them (docs/beyond.md). null for the scale as it is given.
 
     Attributes:
         subjects: The grafts that are validated, the main one first.
@@ -580,7 +580,7 @@ class GraftCallback(Callback):
             else:
                 # Iterating a loader draws a seed from the global generator: the training must not notice.
                 with isolate_rng():
-                    self._run_batches(trainer, subject)
+                    self.run_batches(trainer, subject)
             if not module.has_scores(subject):
                 step = f"{type(module).__name__}.{'test' if trainer.testing else 'validation'}_step"
                 raise GraftError(
@@ -593,7 +593,10 @@ class GraftCallback(Callback):
 
         self.build(module).measure(subject, run, squares)
 
-    def _run_batches(self, trainer: Trainer, subject: Subject) -> None:
+    def run_batches(self, trainer: Trainer, subject: Subject) -> None:
+        """Run the batches of the running test, else those of a validation, with the weights that are loaded; their
+        scores are kept as those of ``subject``.
+        """
         step = trainer.strategy.test_step if trainer.testing else trainer.strategy.validation_step
         loaders, limits = _batches(trainer)
         if routing := self._recording(trainer):
@@ -633,7 +636,7 @@ class GraftCallback(Callback):
         return Routing(module.model)
 
     def _recording(self, trainer: Trainer) -> Routing | None:
-        return None if trainer.sanity_checking else self._routing
+        return None if trainer.sanity_checking or trainer.training else self._routing
 
     def _compare_routing(self, module: ShadowModule) -> None:
         if self._routing is None:

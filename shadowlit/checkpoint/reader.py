@@ -11,6 +11,7 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+Fill = Callable[[memoryview, int], None]
+"""Fills a buffer with the bytes of a tensor from an offset."""
 _Tensor = TypeVar("_Tensor")
 _SAMPLE_BYTES = 16 * 1024
 _SAMPLE_READS = 2048
@@ -149,15 +152,11 @@ class TensorReader(ABC):
         second for 16 GB, does not depend on how tensors are split into files, and is no proof against forgery: a change
         between the sampled blocks goes unnoticed.
         """
-        digest = hashlib.sha256()
-        num_blocks = min(32, max(2, _SAMPLE_READS // max(1, len(self.tensors))))
-        for name, info in sorted(self.tensors.items()):
-            digest.update(json.dumps([name, info.code, info.shape]).encode())
-            for start, size in _sample_blocks(info.num_bytes, num_blocks):
-                block = bytearray(size)
-                self.read_into(memoryview(block), name, start)
-                digest.update(block)
-        return digest.hexdigest()
+        tensors = ((name, info, partial(self._fill, name)) for name, info in sorted(self.tensors.items()))
+        return fingerprint_of(tensors, len(self.tensors))
+
+    def _fill(self, name: str, buffer: memoryview, offset: int) -> None:
+        self.read_into(buffer, name, offset)
 
 
 class ComputedReader(TensorReader):
@@ -187,6 +186,21 @@ class ComputedReader(TensorReader):
         raw = self._rows(name, start, stop).contiguous().reshape(-1).view(torch.uint8)
         within = offset - start * info.row_bytes
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(raw[within : within + len(buffer)])
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, TensorInfo, Fill]], count: int) -> str:
+    """Return the fingerprint of about ``count`` tensors that come one after the other; see
+    :meth:`TensorReader.fingerprint`.
+    """
+    digest = hashlib.sha256()
+    num_blocks = min(32, max(2, _SAMPLE_READS // max(1, count)))
+    for name, info, fill in tensors:
+        digest.update(json.dumps([name, info.code, info.shape]).encode())
+        for start, size in _sample_blocks(info.num_bytes, num_blocks):
+            block = bytearray(size)
+            fill(memoryview(block), start)
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rows_of(tensor_of: Callable[[str], torch.Tensor]) -> Callable[[str, int, int], torch.Tensor]:

@@ -81,7 +81,8 @@ def graft(
             from shadowlit.callbacks.fit_scales import write_scales  # late, since torch takes seconds
 
             add_to_manifest(Path(out), {"fitted_scales": found.about})
-            write_scales(Path(out), found, found.by_tensor)
+            update = plan.update.fingerprint(found.by_tensor)
+            write_scales(Path(out), found, found.by_tensor, update, plan.update.transforms)
     if not dry_run:
         make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
 

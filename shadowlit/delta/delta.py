@@ -89,7 +89,9 @@ class Delta(Update):
             self.changes = source.changes  # type: ignore[method-assign]  # a transform may fail outside the selection
             self.require_finite_base = source.require_finite_base  # type: ignore[method-assign]
             self.learned_rows = source.learned_rows  # type: ignore[method-assign]
+            self.fingerprint = source.fingerprint  # type: ignore[method-assign]
             self.without, self.tied, self.transformed = source.without, source.tied, True
+            self.transforms = source.transforms
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._rows = rows
@@ -232,9 +234,11 @@ class Delta(Update):
             GraftError: A transform is wrong.
         """
         chosen = function if callable(function) else Transforms(function, "transforms")
+        found = Delta(self.shapes, rows_of(keeping(lambda n: chosen(n, self.tensor(n)))), self.manifest, self)
         if isinstance(chosen, Transforms):
             chosen.require_without_gradients()
-        return Delta(self.shapes, rows_of(keeping(lambda n: chosen(n, self.tensor(n)))), self.manifest, self)
+            found.transforms = [*self.transforms, *chosen.specs]
+        return found
 
     @property
     def num_elements(self) -> int:

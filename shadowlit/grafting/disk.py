@@ -7,15 +7,16 @@ speed.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +46,45 @@ from shadowlit.limits import bounded_matching
 from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import selects
 
+if TYPE_CHECKING:
+    from shadowlit.grafting.factors import Factors
+
+log = logging.getLogger(__name__)
+
 LEAST_SURVIVAL = 0.5
 """Fraction of an update below which rounding to the export's dtype is warned of."""
+
+
+@dataclass(frozen=True)
+class FittedTo:
+    """The update that the scales of a file were fitted to.
+
+    Attributes:
+        file: The file.
+        fingerprint: Fingerprint of what was learned of the file's tensors, :meth:`Update.fingerprint`.
+        transforms: Names and parameters of the transforms that the update had.
+    """
+
+    file: Path
+    fingerprint: str
+    transforms: Sequence[Mapping[str, Any]]
+
+    def require(self, update: Update, names: Iterable[str]) -> None:
+        """Raise a GraftError if an update is another one."""
+        if list(self.transforms) != list(update.transforms):
+            fitted, here = (json.dumps(list(one)) for one in (self.transforms, update.transforms))
+            raise GraftError(
+                f"scale is {self.file}, whose scales were fitted to an update with the transforms {fitted}, but this "
+                f"one has {here}. Give the same transforms, or other scales."
+            )
+        if (found := update.fingerprint(names)) != self.fingerprint:
+            raise GraftError(
+                f"scale is {self.file}, whose scales were fitted to another update: its fingerprint is "
+                f"{self.fingerprint[:12]}…, and that of the one given here is {found[:12]}…. Give the Base and the "
+                "tuned model that they were fitted with: of a run the checkpoint of the exported step, and neither "
+                "its exported adapter nor its delta, which have the scales already. To use them for this update all "
+                "the same, remove 'update' from the file."
+            )
 
 
 @dataclass(frozen=True)
@@ -56,15 +94,17 @@ class Scale:
     default: float = 1.0
     by_pattern: tuple[tuple[str, float], ...] = ()  # regular expressions, searched in the names; the first match counts
     by_name: Mapping[str, float] = field(default_factory=dict)  # of all tensors with an update, or of none
+    fitted_to: FittedTo | None = None  # update that those by name were fitted to, if it is known
 
     @classmethod
     def parse(cls, text: str) -> Scale:
         r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``.
 
-        Or the path of a ``.json`` file whose ``tensors`` are scales by name, as ``graft.fit_scales`` writes it.
+        Or the path of a ``.json`` file whose ``tensors`` are scales by name, as ``graft.fit_scales`` writes it; its
+        ``update`` says to which one they were fitted.
         """
         if text.strip().endswith(".json"):
-            return cls(by_name=_read_scales(Path(text.strip())))
+            return _read_scales(Path(text.strip()))
         default, pairs = 1.0, []
         for item in filter(None, (part.strip() for part in text.split(";"))):
             pattern, _, number = item.rpartition("=")
@@ -92,13 +132,17 @@ class Scale:
         return self.default
 
 
-def _read_scales(file: Path) -> dict[str, float]:
-    """The scales of tensors in a JSON file."""
+def _read_scales(file: Path) -> Scale:
+    """The scales of tensors in a JSON file, and the update that they were fitted to."""
     try:
-        scales = json.loads(file.read_text(encoding="utf-8"))["tensors"]
-        found = {str(name): float(scale) for name, scale in scales.items()}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = {str(name): float(scale) for name, scale in content["tensors"].items()}
+        update = content.get("update")
+        fitted_to = None if update is None else FittedTo(file, str(update["fingerprint"]), list(update["transforms"]))
         if found and all(map(math.isfinite, found.values())):
-            return found
+            if fitted_to is None:
+                log.warning("scale: %s doesn't say to which update its scales were fitted; this is not checked", file)
+            return Scale(by_name=found, fitted_to=fitted_to)
         problem = "no scale, or one that is not finite"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         problem = first_line(error)
@@ -225,7 +269,7 @@ class DiskGraft:
 
         Raises:
             GraftError: A pattern matches no grafted tensor, or scales by name are not those of the grafted tensors;
-                they may lack those whose update is zero.
+                they may lack those whose update is zero; or they were fitted to another update.
         """
         for pattern, _ in scale.by_pattern:
             with bounded_matching(f"scale has {pattern!r}"):
@@ -242,6 +286,8 @@ class DiskGraft:
                     "Give a scale for every tensor with an update and for no other: those of the same models and "
                     "selection."
                 )
+        if scale.fitted_to is not None:
+            scale.fitted_to.require(self.update, scale.by_name)
         self._scale = scale
 
     @cached_property
@@ -419,7 +465,13 @@ class _WithHead(Update):
     def __init__(self, update: Update, head: str, embedding: str) -> None:
         self._update, self._of = update, {head: embedding}
         self.shapes = {**update.shapes, head: update.shapes[embedding]}
-        self.without, self.transformed = update.without, update.transformed
+        self.without, self.transformed, self.transforms = update.without, update.transformed, update.transforms
+
+    @property
+    def factored(self) -> Mapping[str, Callable[[], Factors]]:
+        """See :class:`Update`."""
+        own = self._update.factored
+        return {**own, **{head: own[embedding] for head, embedding in self._of.items() if embedding in own}}
 
     @property
     def weights(self) -> frozenset[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from shadowlit.checkpoint.names import (
     is_linear_factor,
     layer_label,
 )
-from shadowlit.checkpoint.reader import TensorReader, described
+from shadowlit.checkpoint.reader import TensorReader, described, fingerprint_of, rows_of
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
@@ -34,6 +35,7 @@ from shadowlit.grafting.selection import coverage
 from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
 from shadowlit.grafting.transformed import GradientRows, ParameterTransforms, Transforms, laid_out
+from shadowlit.grafting.update import Part, dense_part, factor_parts
 
 Squares = dict[str, Tensor]  # by name: sums of squares of an update and of its rounding error, float64 [2]
 
@@ -73,7 +75,7 @@ class ModuleGraft:
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
         self.signs: dict[GradientRows, dict[str, Tensor]] = {}  # of gradients at the Instruct, for transforms
-        self._transforms = {  # by variant; none where the update stays as it is
+        self._transforms: dict[str | None, ParameterTransforms] = {  # by variant; none where the update stays as it is
             name: ParameterTransforms(chosen, parameters, instruct, self._parts, self.signs)
             for name, chosen in {"": transforms, **(variants or {})}.items()
             if chosen
@@ -250,6 +252,29 @@ class ModuleGraft:
         order of their names. Every rank must iterate to the end; all ranks get them. With ``factored``, what an adapter
         has learned as a product of two matrices comes so.
         """
+        for name, read in self._updates(factored, variant).items():
+            yield name, read()
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Return the fingerprint of what was learned of the files' tensors that are grafted, before any transform; a
+        collective. See :meth:`shadowlit.grafting.update.Update.fingerprint`.
+        """
+        assert not self.fitted
+        updates = self._updates(factored=True, variant=None)
+        named = [(name, name if host is None else host) for name, host in sorted(self._named_in_files())]
+        chosen = [(name, of) for name, of in named if of in updates]
+
+        def parts(name: str, of: str) -> Iterator[Part]:
+            found = updates[of]()
+            if isinstance(found, Factors):
+                return factor_parts(name, found)
+            return iter([dense_part(name, tuple(found.shape), partial(rows_of(lambda _: found), name))])
+
+        return fingerprint_of((part for one in chosen for part in parts(*one)), len(chosen))
+
+    def _updates(self, factored: bool, variant: str | None) -> dict[str, Callable[[], Tensor | Factors]]:
+        """What reads each tensor of :meth:`delta_tensors`; the variant None has no transforms."""
         assert self.subject == TUNED
         reshard_all(self.model)
         trained = {host.name: host for host in self._hosts if host.selected and host.trained}
@@ -263,11 +288,14 @@ class ModuleGraft:
         in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
         cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
-        for name in sorted(cut | (trained.keys() - apart)):
+
+        def read(name: str) -> Tensor | Factors:
             factors = self._factors(trained[name], variant) if factored and name not in cut else None
             if factors is not None and name in self.fitted:
                 factors = Factors(self.fitted[name] * factors.up, factors.down)
-            yield name, factors or (in_files.read(name) if name in cut else update(name))
+            return factors or (in_files.read(name) if name in cut else update(name))
+
+        return {name: partial(read, name) for name in sorted(cut | (trained.keys() - apart))}
 
     @torch.no_grad()
     def delta_bytes(self, variant: str = "") -> int:
@@ -281,7 +309,7 @@ class ModuleGraft:
                 total += dense if factors is None else min(dense, factors.num_bytes)
         return total
 
-    def _factors(self, host: HostParameter, variant: str) -> Factors | None:
+    def _factors(self, host: HostParameter, variant: str | None) -> Factors | None:
         """The whole update of a parameter as factors on the CPU; None if it isn't an adapter's product alone."""
         if variant in self._transforms or host.adapted is None or host.base is not None:
             return None
@@ -369,7 +397,7 @@ class ModuleGraft:
     def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
-    def _update(self, host: HostParameter, variant: str = "") -> Tensor:
+    def _update(self, host: HostParameter, variant: str | None = "") -> Tensor:
         """This rank's part of an update, with the transforms of a variant."""
         transforms = self._transforms.get(variant)
         if transforms is None or not host.trained:

@@ -32,9 +32,11 @@ from shadowlit.checkpoint.names import kind_of, layer_label, layer_of, module_of
 from shadowlit.errors import GraftError, counted
 from shadowlit.text import number
 
-Grouping = Literal["layer", "kind", "tensor"]
+Grouping = Literal["layer", "kind", "tensor", "all"]
 OUTSIDE = "other"
 """Group of the tensors outside of numbered layers."""
+EVERYTHING = "all"
+"""The rule by which all tensors have one scale, and the name of their group."""
 _BETAS, _EPS = (0.9, 0.999), 1e-12
 
 
@@ -58,7 +60,8 @@ class FitScales:
     Args:
         data: Source of the calibration rows, as for training, which neither trains nor validates.
         groups: Groups that have a scale each: decoder layers (layer; other for what is outside of them), kinds of
-            tensors (kind: q_proj, k_proj, …), or single tensors (tensor; a bias belongs to its weight).
+            tensors (kind: q_proj, k_proj, …), single tensors (tensor; a bias belongs to its weight), or one group of
+            everything (all: the best single scale).
         steps: Number of Adam steps, each a forward and a backward pass over all calibration rows.
         lr: Size of the first step; it falls to zero along a line.
         pull: Weight of the mean squared distance of the scales from the one that the graft has otherwise; at least 0.
@@ -127,10 +130,11 @@ class FittedScales:
         """The scales and what they gain on the calibration rows, in words."""
         least, most = (pick(self.scales, key=self.scales.__getitem__) for pick in (min, max))
         before, after = self.history[0], self.history[self.step]
-        line = (
-            f"scales: {counted(len(self.scales), 'group')} by {self.groups}, {self.scales[least]:.3f} ({least}) to "
-            f"{self.scales[most]:.3f} ({most}): calibration loss {number(before['loss'])} → {number(after['loss'])}"
-        )
+        found = f"{counted(len(self.scales), 'group')} by {self.groups}"
+        values = f"{self.scales[least]:.3f} ({least}) to {self.scales[most]:.3f} ({most})"
+        if self.groups == EVERYTHING:
+            found, values = "one for all tensors", f"{self.scales[EVERYTHING]:.3f}"
+        line = f"scales: {found}, {values}: calibration loss {number(before['loss'])} → {number(after['loss'])}"
         if any(entry["kl"] for entry in self.history):
             line += f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}"
         return line
@@ -145,7 +149,11 @@ class FittedScales:
 
 
 def group_of(name: str, groups: Grouping) -> str:
-    """Return the group of a tensor by its name in the files: ``layer_07``, ``q_proj``, or the tensor's own module."""
+    """Return the group of a tensor by its name in the files: ``layer_07``, ``q_proj``, the tensor's own module, or
+    ``all``.
+    """
+    if groups == EVERYTHING:
+        return EVERYTHING
     if groups == "layer":
         return OUTSIDE if layer_of(name) is None else layer_label(name)
     return kind_of(name) if groups == "kind" else module_of(name)

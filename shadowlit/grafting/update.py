@@ -5,7 +5,8 @@ No transformers import: start-up is part of the speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,9 @@ from shadowlit.checkpoint.layout import (
     head_and_embedding,
     with_head,
 )
-from shadowlit.checkpoint.names import (
-    layer_of,
-)
-from shadowlit.checkpoint.numeric import require_finite
-from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.checkpoint.names import layer_of, stored_factors
+from shadowlit.checkpoint.numeric import narrow, require_finite
+from shadowlit.checkpoint.reader import Fill, TensorReader, fingerprint_of
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, counted
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 UNGATHERED = (0,)  # shape in which DeepSpeed ZeRO-3 leaves a parameter of which a process holds no shard
 
+Part = tuple[str, TensorInfo, Fill]
+"""A tensor as a delta stores it: its name there, its header, and its bytes."""
 Rows = npt.NDArray[np.floating]
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,6 +45,7 @@ class Update:
     tied = False  # whether the update of the embedding is that of the output head too, if there is none of a head
 
     transformed = False  # whether `rows` may differ from `learned_rows`
+    transforms: Sequence[Mapping[str, Any]] = ()  # names and parameters of those by which they differ
 
     @property
     def factored(self) -> Mapping[str, Callable[[], Factors]]:
@@ -64,6 +66,21 @@ class Update:
     def learned_rows(self, name: str, start: int, stop: int) -> Any:
         """Return the same rows before any transform."""
         return self.rows(name, start, stop)
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """Return a sha256 that recognises what was learned of these tensors, before any transform.
+
+        It is :meth:`shadowlit.checkpoint.reader.TensorReader.fingerprint` of the update as a delta stores it: products
+        as their factors in float32, everything else in bfloat16.
+        """
+        chosen, factored = sorted(names), self.factored
+
+        def parts(name: str) -> Iterator[Part]:
+            if name in factored:
+                return factor_parts(name, factored[name]())
+            return iter([dense_part(name, self.shapes[name], partial(self.learned_rows, name))])
+
+        return fingerprint_of((part for name in chosen for part in parts(name)), len(chosen))
 
     def changes(self, name: str) -> bool:
         """Return whether a value of the tensor ``name`` is not zero; reads no further than to the first one."""
@@ -241,6 +258,30 @@ class SummedUpdate(Update):
     def require_finite_base(self, name: str, start: int, stop: int) -> None:
         """See :class:`Update`."""
         self._parts[0].require_finite_base(name, start, stop)
+
+
+def factor_parts(name: str, factors: Factors) -> Iterator[Part]:
+    """Yield both factors of a matrix, in float32, in the order of their names."""
+    for key, factor in sorted(zip(stored_factors(name), (factors.up, factors.down), strict=True)):
+        raw = np.ascontiguousarray(factor.float().numpy()).reshape(-1).view(np.uint8)
+        yield key, TensorInfo(key, "F32", tuple(factor.shape), ""), partial(_copy, raw)
+
+
+def dense_part(name: str, shape: tuple[int, ...], rows: Callable[[int, int], Any]) -> Part:
+    """Return a tensor in bfloat16; ``rows(start, stop)`` gives its rows in float32, a scalar's one row too."""
+    info = TensorInfo(name, "BF16", shape, "")
+
+    def fill(buffer: memoryview, offset: int) -> None:
+        if len(buffer):
+            start, stop = offset // info.row_bytes, -(-(offset + len(buffer)) // info.row_bytes)
+            raw = narrow(np.asarray(rows(start, stop)).reshape(-1), "BF16").view(np.uint8)
+            _copy(raw, buffer, offset - start * info.row_bytes)
+
+    return name, info, fill
+
+
+def _copy(raw: Bytes, buffer: memoryview, offset: int) -> None:
+    buffer[:] = raw[offset : offset + len(buffer)].data
 
 
 def is_resized(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:

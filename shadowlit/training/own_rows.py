@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,32 @@ def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
         GraftError: The data module can't read further sets, or the source has another use in this run.
         DataError: The source can't be read.
     """
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "extra_loader"):
-        raise GraftError(
-            f"{key} is read as the data module reads its own sets, but {type(data).__name__} has no extra_loader. Use "
-            "ShadowData or a subclass."
-        )
+    data = data_for(trainer, key)
     if uses := uses_of(source, trainer):
         raise GraftError(f"{key} is {source}, which is {' and '.join(uses)} too: {why}. Give rows of their own.")
     data.extra_loader(key, source)
 
 
-def warn_of_shared_rows(trainer: Trainer, key: str, consequence: str) -> None:
-    """Warn of rows of the set ``key`` that other sets have too, with what follows from it, a clause."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for other, count in data.overlap(key).items():
-        rank_zero_warn(
-            f"data: {key} shares {counted(count, 'sample')} token for token with {other}, so that {consequence}. "
-            "Remove these from one of the two."
+def data_for(trainer: Trainer, key: str) -> Any:
+    """Return the data module; raise a GraftError unless it can read the further rows that ``key`` needs."""
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "extra_loader"):
+        raise GraftError(
+            f"the rows of {key} are read as the data module reads its own sets, but {type(data).__name__} has no "
+            "extra_loader. Use ShadowData or a subclass."
         )
+    return data
+
+
+def warn_of_shared_rows(trainer: Trainer, name: str, consequence: str, *, but: Collection[str] = ()) -> None:
+    """Warn of rows of the set ``name`` that other sets have too, except ``but``; ``consequence`` is a clause."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for other, count in data.overlap(name).items():
+        if other not in but:
+            rank_zero_warn(
+                f"data: {name} shares {counted(count, 'sample')} token for token with {other}, so that {consequence}. "
+                "Remove these from one of the two."
+            )
 
 
 def uses_of(source: str, trainer: Trainer) -> list[str]:

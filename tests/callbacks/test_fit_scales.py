@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import shadowlit
 from shadowlit.callbacks import fit_scales as callback_module
+from shadowlit.callbacks import graft as graft_module
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
@@ -136,14 +137,18 @@ def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
     for name in delta.shapes:
         gained = grafted.read(name).double() - instruct.read(name).double()
         torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)
+    module.model.save_pretrained(tmp_path / "tuned")
+    scale = str(tmp_path / "x/scales.json")
+    sides = [folders[0], tmp_path / "tuned", folders[1], tmp_path / "disk"]
+    done = shadowlit.graft(*map(str, sides), scale=scale)
+    assert_same(load_file(tmp_path / "disk/model.safetensors"), load_file(tmp_path / "x/model/model.safetensors"))
+    assert done.survival == pytest.approx(manifest["survival"]["survival"], rel=1e-5)
     if kind == "full":
-        module.model.save_pretrained(tmp_path / "tuned")
-        sides = [folders[0], tmp_path / "tuned", folders[1], tmp_path / "disk"]
-        done = shadowlit.graft(*map(str, sides), scale=str(tmp_path / "x/scales.json"))
-        assert_same(load_file(tmp_path / "disk/model.safetensors"), load_file(tmp_path / "x/model/model.safetensors"))
-        assert done.survival == pytest.approx(manifest["survival"]["survival"], rel=1e-5)
         assert not (tmp_path / "x/adapter").exists()
     else:
+        sides[1] = tmp_path / "x/adapter"
+        with pytest.raises(GraftError, match="fitted to another update"):  # this one is scaled already
+            shadowlit.graft(*map(str, sides[:3]), str(tmp_path / "twice"), scale=scale)
         untouched = AutoModelForCausalLM.from_pretrained(folders[1])
         served = PeftModel.from_pretrained(untouched, str(tmp_path / "x/adapter"))
         ids = torch.arange(20)[None]
@@ -179,9 +184,9 @@ def test_scales_start_at_the_exported_grafts_and_count_its_transforms(tmp_path, 
         options |= {"subject": "grafted@thin"}
     fit_scales = FitScales(files["calibration"], groups="layer", steps=1, lr=1e-9)
     run(tmp_path, folders, files, "full", fit_scales, parts=["model"], **options)
-    assert set(json.loads((tmp_path / "x/scales.json").read_text())["scales"].items()) == {
-        ("layer_00", 0.5), ("layer_01", 0.5), ("other", 0.5),
-    }  # fmt: skip
+    stored = json.loads((tmp_path / "x/scales.json").read_text())
+    assert stored["scales"] == {"layer_00": 0.5, "layer_01": 0.5, "other": 0.5}
+    assert stored["update"]["transforms"] == [{**transforms[0], "seed": 0}]
     run(tmp_path / "plain", folders, files, "full", None, parts=["model"], **options)
     assert_same(*(load_file(tmp_path / f"{part}x/model/model.safetensors") for part in ("", "plain/")))
     scores = [read_manifest(tmp_path / f"{part}x/model")["metrics"] for part in ("", "plain/")]
@@ -299,11 +304,14 @@ def test_fitted_scales_that_are_not_better_are_reported(tmp_path, folders, files
         history = [{"loss": 1.0, "kl": 0.0, "objective": 1.0}]
         return FittedScales("tensor", scales, scales, start, 0, history)
 
+    shown = []
+    monkeypatch.setattr(graft_module, "show", lambda _, doing: shown.append(doing))
     monkeypatch.setattr(callback_module, "fit", bad)
     with pytest.warns(UserWarning, match="not better than at scale 1 everywhere, but it is what is exported"):
         _, _, callback = run(tmp_path, folders, files, "full", {**FIT, "data": files["calibration"]}, parts=["model"])
     (line,) = (line for line in callback.exported if "not better, by -" in line)
     assert not math.isnan(float(line.rpartition("± ")[2]))
+    assert shown[-1] == "validation of fitted 4/4"
 
 
 def test_a_file_of_scales_need_not_have_tensors_that_were_not_trained(tmp_path, folders, files):

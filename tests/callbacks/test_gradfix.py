@@ -89,8 +89,8 @@ def test_a_live_graft_keeps_what_the_rows_vote_for_and_is_the_exported_one(tmp_p
         agreeing = clear & (vote.sign() == -learned[name].sign())
         torch.testing.assert_close(gained[agreeing], learned[name][agreeing].double(), rtol=2**-8, atol=1e-7)
         assert 0.2 < gained.count_nonzero() / gained.numel() < 0.8
-    told = [str(w.message) for w in recwarn if "whose gradients" in str(w.message)]
-    assert len(told) == 1 and "shares 2 samples token for token with left" in told[0]
+    told = [str(w.message) for w in recwarn if "favour the graft with graft.variants.gradfix" in str(w.message)]
+    assert len(told) == 1 and "gradient rows of few shares 2 samples token for token with left" in told[0]
     # Nothing of this reaches the training.
     plain, other = fit(tmp_path, folders, kind, [GraftCallback()])
     assert_same(weights(module), weights(plain))
@@ -204,7 +204,7 @@ def test_the_rows_come_from_a_file_as_those_of_training(tmp_path, recwarn):
     variants = f'--graft.variants={{"gradfix": {{"transforms": [{{"name": "gradfix", "data": "{few}", "rows": 3}}]}}}}'
     tests = f"--data.test={{few: {few}}}"
     main([*config(tmp_path, []), variants, tests, "--export.subject=grafted@gradfix", "--export.parts=[delta]"])
-    told = [str(w.message) for w in recwarn if "so that the scores there favour this graft" in str(w.message)]
+    told = [str(w.message) for w in recwarn if "so that the scores there favour the graft with" in str(w.message)]
     assert len(told) == 1 and "is data.test.few too" in told[0]
     manifest = read_manifest(tmp_path / "export/delta")
     assert manifest["transforms"] == [{"name": "gradfix", "data": str(few), "rows": 3}]

@@ -26,6 +26,7 @@ def quadratic(best):
     ("layer", ["layer_00", "layer_01", "other"]),
     ("kind", ["q_proj", "q_proj", "lm_head"]),
     ("tensor", [name.removesuffix(".weight") for name in NAMES]),
+    ("all", ["all"] * 3),
 ])  # fmt: skip
 def test_groups(groups, expected):
     assert [group_of(name, groups) for name in NAMES] == expected
@@ -54,6 +55,14 @@ def test_the_pull_is_towards_the_start():
     fitted = fit(quadratic({"q_proj": 0.0}), NAMES[:2], FitScales("x", groups="kind", steps=200, lr=0.05, pull=0.5))
     assert fitted.scales["q_proj"] == pytest.approx(0.5, abs=1e-3)
     assert fitted.history[-1]["objective"] == pytest.approx(0.125 + 0.5 * 0.25, abs=1e-5)
+
+
+def test_one_scale_for_everything_is_reported_as_one():
+    """Of ½ (λ − 0.7)², which is 0.045 at 1 and 0 at the minimum."""
+    fitted = fit(quadratic({"all": 0.7}), NAMES, FitScales("x", groups="all", steps=100, lr=0.05, pull=0))
+    assert fitted.scales == pytest.approx({"all": 0.7}, abs=1e-3)
+    assert fitted.by_tensor == dict.fromkeys(NAMES, fitted.scales["all"])
+    assert fitted.line.startswith("scales: one for all tensors, 0.700: calibration loss 0.04500 → ")
 
 
 def test_the_best_visited_scales_are_the_result():

@@ -1,22 +1,24 @@
 """The study of methods beyond the paper: what it changes in an update, and what it compares at equal divergence."""
 
 import json
+import zlib
 
 import pytest
 import torch
 
-from experiments.beyond.arms import signs_of
+from experiments.beyond.arms import CHANGED, Given, signs_of
 from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
-from experiments.beyond.study import Embedded
+from experiments.beyond.study import Beyond, Embedded
 from experiments.real.report import Setting
 from experiments.real.study import Training
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
+from shadowlit.delta.delta import Delta
 from tests.studies.test_real import scores, write_setting
 from tests.tiny import save_pair
 
 
-def add_arm(folder, source, losses, kls, choice=1.0):
+def add_arm(folder, source, losses, kls, choice=1.0, **more):
     """An arm at one rate: losses of the reported rows and divergences at the scales 0.5, 1 and 1.5."""
     path = {
         scale: {
@@ -24,7 +26,7 @@ def add_arm(folder, source, losses, kls, choice=1.0):
         }
         for scale, loss, kl in zip(("0.5", "1", "1.5"), losses, kls, strict=True)
     }  # fmt: skip
-    raw = {"source": source, "lr": 1e-4, "seed": 0, "norm": 0.5, "scores": path, "live": {}}
+    raw = {"source": source, "lr": 1e-4, "seed": 0, "norm": 0.5, "scores": path, "live": {}, **more}
     (folder / "near" / "tools_lora" / f"{source}_lr0.0001_seed0.json").write_text(json.dumps(raw))
 
 
@@ -55,6 +57,27 @@ def test_rates_are_chosen_where_the_arms_are_compared(tmp_path):
     assert setting.chosen["late"] == 2e-4 and rates_at_level(setting)["late"] == 1e-4
 
 
+def test_scales_by_group_are_compared_with_one_scale(tmp_path):
+    """At scale 1, where B2I has losses of 1.6 and 1.7; and at its divergence of 0.2, theirs at scale 0.5."""
+    write_setting(tmp_path)
+    add_arm(tmp_path, "fitted_all", (1.4, 1.2, 1.0), (0.2, 0.3, 0.5), scales={"all": 1.25})
+    add_arm(tmp_path, "fitted_layer", (1.5, 0.8, 0.8), (0.2, 0.3, 0.5), scales={"layer_00": 1.5, "other": 1.0})
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    expected = {("fitted_all", "B"): (0.45, 0.25), ("fitted_layer", "B"): (0.85, 0.15)}
+    expected |= {("fitted_layer", "fitted_all"): (0.4, -0.1)}
+    for (source, than), differences in expected.items():
+        found = [better_by(setting, source, than, as_it_is=as_it_is).difference for as_it_is in (True, False)]
+        assert found == pytest.approx(differences)
+    write_report(tmp_path, tmp_path, tmp_path)
+    one, layers = [
+        line.split(" | ")
+        for line in (tmp_path / "REPORT.md").read_text().split("## Scales by group")[1].splitlines()
+        if line.startswith("| near/tools_lora | ")
+    ]
+    assert one[1:3] == ["best single scale", "1.250"] and layers[1:3] == ["scales by layer", "–"]
+    assert [cell.split(" ")[0] for cell in layers[3:]] == ["+0.850", "+0.400", "+0.150", "-0.100"]
+
+
 def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):
     write_setting(tmp_path / "others")
     (tmp_path / "results" / "near" / "tools_lora").mkdir(parents=True)
@@ -63,6 +86,56 @@ def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):
     assert set(setting.chosen) == {"B", "I", "gradfix"}
     write_report(tmp_path / "results", tmp_path, tmp_path / "others")
     assert "| GradFix |" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_updates_are_transformed():
+    """TIES keeps the 4 largest of 20 elements, magnitude 2; DARE a fifth by the training's seed, at five times the
+    size; SVD the 8 largest of 9 singular values.
+    """
+    matrix = torch.arange(1.0, 21).reshape(4, 5) * torch.tensor([1.0, -1, 1, -1, 1])
+
+    def change(source, update, seed=0):
+        found, about = CHANGED[source](Delta.of({"a": update}), Given(None, [], [], seed))
+        assert about["kept"] == found.tensor("a").count_nonzero().item() / update.numel()
+        return found.tensor("a")
+
+    assert torch.equal(change("ties", matrix), torch.where(matrix.abs() > 16, matrix, 0.0))
+    assert torch.equal(change("magnitude", matrix), torch.where(matrix.abs() > 18, matrix, 0.0))
+    masks = [torch.rand(4, 5, generator=torch.Generator().manual_seed(zlib.crc32(b"a", seed))) < 0.2 for seed in (0, 2)]
+    assert not torch.equal(*masks)
+    for seed, mask in zip((0, 2), masks, strict=True):
+        torch.testing.assert_close(change("dare", matrix, seed), 5 * matrix * mask)
+    diagonal = torch.arange(9.0, 0, -1)
+    torch.testing.assert_close(change("svd8", diagonal.diag()), (diagonal * (diagonal > 1)).diag())
+
+
+def test_anchors_with_kl_train_on_rows_that_are_not_reported(tmp_path):
+    """The recipe is the same in every folder, and another one if the rows are."""
+    studies = [Embedded(tmp_path / name) for name in ("one", "two")]
+    trainings = [Training("embedded", "skill_bare", "lora", source, 1e-3, 0) for source in ("I", "A0.5", "A0.5_kl")]
+    for study in studies:
+        study.prepare([])
+    one, two = ([study.recipe_id(each) for each in trainings] for study in studies)
+    assert one == two and len(set(one)) == 3
+    kept = studies[1].data / "kept.jsonl"
+    _, overrides = studies[1].recipe(trainings[2])
+    assert overrides["model.anchors"] == {"instruct": 0.5, "kl": {"data": kept, "weight": 1.0}}
+    assert not set(kept.read_text().splitlines()) & set((studies[1].data / "general.jsonl").read_text().splitlines())
+    kept.write_text(kept.read_text().replace("a", "b"))
+    *same, other = [studies[1].recipe_id(each) for each in trainings]
+    assert same == one[:2] and other != one[2]
+
+
+def test_one_model_in_all_steps_needs_no_micro_batches(tmp_path):
+    """So that direct tuning with KL has the batches of direct tuning."""
+    study = Beyond(tmp_path, tmp_path, tmp_path)
+    recipes = {
+        source: study.recipe(Training("near", "tools", "lora", source, 1e-3, 0))[1]
+        for source in ("I", "I_kl", "A0.5_kl")
+    }
+    kl = {"data": tmp_path / "data/instruct_train.jsonl", "weight": 1.0}
+    assert recipes["I_kl"] == {**recipes["I"], "model.anchors": {"instruct": 1.0, "kl": kl}}
+    assert recipes["A0.5_kl"]["trainer.accumulate_grad_batches"] == 4 and recipes["A0.5_kl"]["data.batch_size"] == 2
 
 
 def test_rows_vote_on_the_sign_of_a_gradient(tmp_path):

@@ -190,7 +190,7 @@ def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     other = file.with_name("B_lr0.0001_seed0.json")
     raw = json.loads(file.read_text())
     file.write_text(json.dumps({**raw, "recipe": study.recipe_id(training)}))  # rate and seed are in its name
-    with pytest.raises(DataError, match="results of B .* by different recipes"):
+    with pytest.raises(DataError, match=r"results of B .* by different recipes"):
         Setting(study.results, "near", "tools", "lora")
     study.remove_others("near", "tools", "lora")
     assert file.exists() and not other.exists()

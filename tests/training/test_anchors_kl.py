@@ -300,7 +300,9 @@ def test_rows_are_refused_before_the_data_are_read(pair, files):
     ):
         with pytest.raises(ShadowlitError, match=message):
             fit(make_module(pair, "lora", anchors(0.5, data=given)), data, callbacks)
-    with pytest.raises(GraftError, match=r"model\.anchors\.kl\.data is read .*, but NoData has no extra_loader"):
+    with pytest.raises(
+        GraftError, match=r"rows of model\.anchors\.kl\.data are read .*, but NoData has no extra_loader"
+    ):
         fit(make_module(pair, "lora", anchors(0.5)), NoData())
 
 

@@ -77,7 +77,7 @@ def mean_kl(model, other, samples):
     return total / count
 
 
-@pytest.mark.parametrize("groups", ["layer", "kind", "tensor"])
+@pytest.mark.parametrize("groups", ["layer", "kind", "tensor", "all"])
 def test_slopes_are_those_of_finite_differences(folders, groups):
     """Of the loss by hand, with every tensor set to W_I + λ Δ by hand; float64."""
     model, instruct, hand = load(folders), load(folders), load(folders)
