@@ -99,10 +99,10 @@ def open_rows(trainer: Trainer, module: ShadowModule, options: FitScales) -> Non
             "graft.fit_scales doesn't work with an adapter under FSDP2, which would gather the adapter's factors "
             "within the backward pass. Use DDP, full tuning, or fit the scales on disk (shadowlit graft --fit-scales)."
         )
-    for key, source in _rows(options).items():
+    for key, source in options.sources.items():
         why = "scales that are fitted to these rows would be measured on them, or were trained on them"
         read_own_rows(trainer, key, source, why)
-        warn_of_shared_rows(trainer, key, "scores there are not independent of the scales")
+        warn_of_shared_rows(trainer, key, "the scales are not independent of what is trained or measured there")
 
 
 def require_groups(graft: LiveGraft, options: FitScales) -> None:
@@ -126,7 +126,7 @@ def fit_at_end(
     graft, data = callback.build(module), getattr(trainer, "datamodule", None)
     assert module.model is not None and data is not None
     with isolate_rng():
-        loaders = [data.extra_loader(key, source, options.batch_size) for key, source in _rows(options).items()]
+        loaders = [data.extra_loader(key, source, options.batch_size) for key, source in options.sources.items()]
         rows, *keep = [list(loader) for loader in loaders]
     reduce_gradients(module.model, True)
     host = LiveScaledGraft(graft, subject)
@@ -200,9 +200,3 @@ def _score(
         callback.run_batches(trainer, subject)
         rows = module.sample_scores(subject)
         return module.take_scores(subject), rows
-
-
-def _rows(options: FitScales) -> dict[str, str]:
-    """The sources of the rows by their keys."""
-    keep = {} if options.keep is None else {"graft.fit_scales.keep.data": options.keep.data}
-    return {"graft.fit_scales.data": options.data, **keep}

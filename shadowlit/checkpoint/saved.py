@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 REST = "meta.pt"  # what a sharded checkpoint holds besides weights and optimizer states
 _KEYS = ("state_dict", "global_step", "epoch", "loops", "pytorch-lightning_version")  # of Lightning's, always
 _FULL = ("optimizer_states", "lr_schedulers")  # of a checkpoint that a training can resume from
+WITHIN_STEP = "within_step"  # key of a checkpoint that holds no gradients of micro-batches that were computed
 _READ = 2**22  # bytes that are read at a time
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, OSError)
 _EXPECTED = "Expected a *.ckpt, file or folder, that 'fit' has written"
@@ -259,6 +260,13 @@ def _verify(path: Path, stamp: Any, share: tuple[int, int] | None, resumes: bool
         raise CheckpointError(
             f"{path} holds weights and no {', '.join(absent)} (save_weights_only of ModelCheckpoint), so a training "
             "can't resume from it. Give a checkpoint that holds all, or use it with validate, test or predict."
+        )
+    if resumes and content.get(WITHIN_STEP):
+        raise CheckpointError(
+            f"{path} was written within a step, by an exception or a callback, and holds no gradients of the "
+            "micro-batches that were computed, so a training can't resume from it exactly. Give a checkpoint that was "
+            "written after a step, use it with validate, test or predict, or start a new run from its weights "
+            "(model.start_from)."
         )
     if share is not None and not path.is_dir():  # of shards, when they are loaded
         state = content["state_dict"].items()

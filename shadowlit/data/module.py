@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -258,13 +259,14 @@ class ShadowData(DataSettings, LightningDataModule):
             self._extra[name] = given
         return self._eval_loader(name, batch_size=batch_size or self.batch_size)
 
-    def overlap(self, name: str) -> dict[str, int]:
-        """Return how many samples of a set are, token for token, in each configured set that was read, if any are."""
-        own = self.dataset(name).hashes()
+    def overlap(self, name: str, extra: Collection[str] = ()) -> dict[str, int]:
+        """Return how many samples of a set are, token for token, in each configured set that was read, if any are.
+
+        ``extra`` are names of :meth:`extra_loader` that are compared with too.
+        """
+        own, hidden = self.dataset(name).hashes(), {name, *(self._extra.keys() - {*extra})}
         others = {n: one.sequences if isinstance(one, ContextDataset) else one for n, one in self._sets.items()}
-        counts = {
-            n: int(np.isin(own, one.hashes()).sum()) for n, one in others.items() if n not in (name, *self._extra)
-        }
+        counts = {n: int(np.isin(own, one.hashes()).sum()) for n, one in others.items() if n not in hidden}
         return {n: count for n, count in counts.items() if count}
 
     def state_dict(self) -> dict[str, Any]:

@@ -88,6 +88,17 @@ class FitScales:
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise GraftError(f"fit_scales.batch_size is {self.batch_size}; expected at least 1, or null.")
+        if self.keep is not None and self.data == self.keep.data != "":
+            raise GraftError(
+                f"fit_scales.data and fit_scales.keep.data are both {self.data}, so that the graft would have to learn "
+                "these rows and to answer them as the Instruct does. Give keep rows that the task should not change."
+            )
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The sources of the rows by their keys in the configuration of a training."""
+        keep = {} if self.keep is None else {"graft.fit_scales.keep.data": self.keep.data}
+        return {"graft.fit_scales.data": self.data, **keep}
 
 
 @dataclass(frozen=True)

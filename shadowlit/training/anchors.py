@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -82,7 +84,8 @@ class Anchors:
     @property
     def mixes(self) -> bool:
         """Whether there may be steps in which both models have a weight."""
-        return not (self.is_constant and self.instruct in (0, 1))
+        ends = {self.instruct, self.initial} - {None}
+        return len(ends) > 1 or not ends <= {0, 1}
 
     @property
     def loads_instruct(self) -> bool:
@@ -151,16 +154,16 @@ def mixed_sums(base: Mapping[str, Tensor], instruct: Mapping[str, Tensor], weigh
     """Combine an objective's sums over the two parts of an effective batch.
 
     Divided by the sum ``count``, each is ``(1 - α) s_B / n_B + α s_I / n_I``, where s and n are the part's sum and
-    count.
+    count. Of supervised tokens, ``tokens``, the number is logged and no mean: the two are added.
     """
-    count = base["count"] + instruct["count"]
+    added = {name: base[name] + instruct[name] for name in ("count", "tokens") if name in base}
     numbers = at_least_one(base["count"]), at_least_one(instruct["count"])
     means = {
         name: (1 - weight) * base[name] / numbers[0] + weight * instruct[name] / numbers[1]
         for name in base
-        if name != "count"
+        if name not in added
     }
-    return {name: mean * at_least_one(count) for name, mean in means.items()} | {"count": count}
+    return {name: mean * at_least_one(added["count"]) for name, mean in means.items()} | added
 
 
 def at_least_one(count: Tensor) -> Tensor:
@@ -240,12 +243,17 @@ class NeutralRows:
     Args:
         trainer: The trainer, whose data module has read the rows.
         source: Source of the rows.
+
+    Attributes:
+        checksum: Checksum of the rows.
     """
 
     def __init__(self, trainer: Trainer, source: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.extra_loader(KL_ROWS, source)
         self._dataset, self._collate = loader.dataset, loader.collate_fn
+        hashes = getattr(loader.dataset, "hashes", None)  # which rows of other data sets need not have
+        self.checksum = "" if hashes is None else f"{zlib.crc32(hashes().tobytes()):08x}"
         size, ranks, count = data.batch_size, trainer.world_size, len(loader.dataset)
         self._sampler = ShardedBatchSampler(
             count, size, ranks, trainer.global_rank, data.seed, drop_last=count >= size * ranks
@@ -299,6 +307,34 @@ class AnchoredTraining:
                 "only one of them, but each of the two models of model.anchors needs one. Set "
                 f"trainer.limit_train_batches={size - 1}, which leaves one micro-batch of every epoch out."
             )
+
+    def require_resumable(self, rows: str | None) -> None:
+        """Raise if a run resumes within a step of this trainer; warn if its divergence had other rows.
+
+        Args:
+            rows: :attr:`rows` of the checkpoint's run; None if it has none.
+
+        Raises:
+            ShadowlitError: ``trainer.accumulate_grad_batches`` has changed in the middle of an epoch.
+        """
+        trainer = self._trainer
+        done, micro = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
+        if done % micro and done < trainer.num_training_batches:
+            raise ShadowlitError(
+                f"the run resumes after {done} micro-batches of an epoch, which is within a step of "
+                f"trainer.accumulate_grad_batches={micro}, so that this step can't be divided as model.anchors needs. "
+                "Resume with the number of the checkpoint's run, or from the end of an epoch."
+            )
+        if rows and self.rows and rows != self.rows:
+            rank_zero_warn(
+                f"{KL_ROWS} has other rows than in the run that is resumed (checksum {rows} → {self.rows}), so that "
+                "this one doesn't repeat it. Give the same file, or start a new run."
+            )
+
+    @property
+    def rows(self) -> str:
+        """Checksum of the divergence's rows; empty without any."""
+        return "" if self._rows is None else self._rows.checksum
 
     def place(self, batch_idx: int) -> tuple[int, Parts]:
         """Return which micro-batch of its step this one is, counted from 0, and the parts of the step."""

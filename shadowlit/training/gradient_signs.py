@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.distributed import local
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.distributed import local, on_all_ranks
 from shadowlit.errors import GraftError
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT
@@ -52,7 +53,7 @@ def gradient_signs(
         frozen weights there.
 
     Raises:
-        GraftError: A loss is not finite, or a grafted weight is in 4 bits.
+        GraftError: A loss is not finite, a gradient is not a number, or a grafted weight is in 4 bits.
     """
     parameters = graft.grafted_parameters
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
@@ -72,7 +73,8 @@ def gradient_signs(
                 )
             yield loss
 
-    votes = graft.measure(INSTRUCT, lambda: sign_votes(graft.model, parameters, losses()))
+    votes: dict[str, Tensor] = {}
+    on_all_ranks(lambda: votes.update(graft.measure(INSTRUCT, lambda: sign_votes(graft.model, parameters, losses()))))
     if ranks > 1 and not sharded:
         for counts in votes.values():
             dist.all_reduce(counts)
@@ -90,13 +92,23 @@ def sign_votes(model: nn.Module, parameters: Mapping[str, Tensor], losses: Itera
 
     Returns:
         -127 to 127 for each element, int8, of this rank's part of each parameter, by name.
+
+    Raises:
+        GraftError: A gradient is not a number.
     """
     votes = {name: torch.zeros_like(local(p), dtype=torch.int8) for name, p in parameters.items()}
+    wrong: dict[str, Tensor] = {}  # read at the end, so that a GPU waits once
 
     def take(name: str, gradient: Tensor) -> None:
+        wrong[name] = gradient.isnan().any() | wrong.get(name, False)  # whose sign is 0
         votes[name] += gradient.sign().to(torch.int8)
 
     with torch.enable_grad(), gradients_of(model, parameters, take):
         for loss in losses:
             loss.backward()
+    if names := [name for name, found in wrong.items() if found]:
+        raise GraftError(
+            f"the untouched Instruct's gradients of {some_of(names)} are not numbers on the rows that transforms need "
+            "gradients of. Check these rows, or give others."
+        )
     return votes

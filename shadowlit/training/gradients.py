@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -67,13 +68,19 @@ def gradients_of(model: nn.Module, parameters: Mapping[str, Tensor], take: Take)
 @contextmanager
 def deterministic(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the context, except for layers that recompute their activations, which only do so in
-    training mode; then every module's own mode again.
+    training mode; then every module's own mode again. Layers with dropout of their own (OPT, Falcon) store them.
     """
     with evaluating(model):
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = True  # of this module alone, not of its parts, which have the dropout
+                module.training = not _reads_mode(module)  # of this module alone, not of its parts
         yield
+
+
+def _reads_mode(layer: nn.Module) -> bool:
+    """Whether a layer's own forward pass depends on its mode, and not only those of its parts."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return code is not None and "training" in code.co_names
 
 
 def _require_grad(parameter: Tensor, value: bool) -> None:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.checkpoint.saved import WITHIN_STEP
 from shadowlit.data.context_batches import teachers_batch, with_teachers
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
@@ -208,6 +209,7 @@ class ShadowModule(ScoringModule):
         self.anchors = anchors
         self._anchored: AnchoredTraining | None = None  # of the running fit
         self._first_part: FirstPart | None = None  # of the effective batch, once it is whole
+        self._loaded_rows: str | None = None  # checksum of the divergence's rows in a checkpoint
         self.adapter = adapter
         if adapter is not None:
             adapt_all_linear(adapter)
@@ -287,7 +289,7 @@ class ShadowModule(ScoringModule):
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
         resuming.take_over(self.trainer)
-        self._sums = self._first_part = self._anchored = self._references.predictions = None
+        self._sums = self._first_part = self._anchored = self._references.predictions = self._loaded_rows = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
         if stage == "fit":
@@ -370,6 +372,7 @@ class ShadowModule(ScoringModule):
             self._settings.put_back()
         if self.anchors is not None:
             self._anchored = AnchoredTraining(self.anchors, self.trainer, self._graft_callback().build(self))
+            self._anchored.require_resumable(self._loaded_rows)
         if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
@@ -469,6 +472,10 @@ class ShadowModule(ScoringModule):
         """Store an 8-bit optimizer's states as plain tensors, and the objective's state; raise if the run diverged."""
         self.losses.check()
         resuming.amend(self.trainer, checkpoint["loops"])
+        if resuming.is_within_step(self.trainer):
+            checkpoint[WITHIN_STEP] = True
+        if self._anchored is not None and self._anchored.rows:
+            checkpoint[KL_ROWS] = self._anchored.rows
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
@@ -477,6 +484,7 @@ class ShadowModule(ScoringModule):
         """Convert them back; refuse a checkpoint of other parameters."""
         if self.adapter is not None or self.strict_loading:
             require_same_parameters(self.trainer.ckpt_path, checkpoint["state_dict"], self.state_dict())
+        self._loaded_rows = checkpoint.get(KL_ROWS)
         self.objective.on_load_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]

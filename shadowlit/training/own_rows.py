@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from shadowlit.errors import GraftError, counted
+from shadowlit.training.anchors import KL_ROWS
 
 
 def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
@@ -26,7 +27,7 @@ def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
         DataError: The source can't be read.
     """
     data = data_for(trainer, key)
-    if uses := uses_of(source, trainer):
+    if uses := [use for use in uses_of(source, trainer) if use != key]:
         raise GraftError(f"{key} is {source}, which is {' and '.join(uses)} too: {why}. Give rows of their own.")
     data.extra_loader(key, source)
 
@@ -43,9 +44,13 @@ def data_for(trainer: Trainer, key: str) -> Any:
 
 
 def warn_of_shared_rows(trainer: Trainer, name: str, consequence: str, *, but: Collection[str] = ()) -> None:
-    """Warn of rows of the set ``name`` that other sets have too, except ``but``; ``consequence`` is a clause."""
+    """Warn of rows of the set ``name`` that other sets have too, except ``but``; ``consequence`` is a clause.
+
+    If ``name`` is the key of rows of their own, these others are sets of such rows too.
+    """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for other, count in data.overlap(name).items():
+    keys = [key for _, key in _uses(trainer)]
+    for other, count in data.overlap(name, keys if name in keys else ()).items():
         if other not in but:
             rank_zero_warn(
                 f"data: {name} shares {counted(count, 'sample')} token for token with {other}, so that {consequence}. "
@@ -54,23 +59,29 @@ def warn_of_shared_rows(trainer: Trainer, name: str, consequence: str, *, but: C
 
 
 def uses_of(source: str, trainer: Trainer) -> list[str]:
-    """Return the keys of the run's data and evaluators that read a source too."""
+    """Return the keys by which a run reads a source: of its data, its evaluators, and rows of their own."""
     return [key for place, key in _uses(trainer) if place == _place(source)]
 
 
 def _uses(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """Where the rows of the run's data and evaluators are, and their keys."""
+    """Where the rows of a run are, and their keys."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for source in getattr(data, "train_sources", ()):
         yield _place(source.path), "data.train"
     for kind in ("validation", "test"):
         for name, source in getattr(data, f"{kind}_sets", {}).items():
             yield _place(source.path), f"data.{kind}.{name}"
+    anchors = getattr(trainer.lightning_module, "anchors", None)
+    if anchors is not None and anchors.kl is not None:
+        yield _place(anchors.kl.data), KL_ROWS
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for key, source in getattr(getattr(callback, "fit_scales", None), "sources", {}).items():
+            yield _place(source), key
         for name, evaluator in getattr(callback, "evaluators", {}).items():
             if isinstance(source := getattr(evaluator, "data", None), str):
                 yield _place(source), f"evaluation.evaluators.{name}.data"
 
 
 def _place(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source

@@ -26,11 +26,16 @@ from shadowlit.errors import CheckpointError
 
 
 class StepLoop(_TrainingEpochLoop):
-    """Lightning's loop over an epoch, which validates after whole optimizer steps.
+    """Lightning's loop over an epoch, which validates and stops after whole optimizer steps.
 
-    A validation that is due after a part of the micro-batches of a step follows the step. Checkpoints of validations
-    hold no gradients, and those of the part would be lost.
+    A validation or a stop that is due after a part of the micro-batches of a step follows the step. Checkpoints hold no
+    gradients, and those of the part would be lost.
     """
+
+    @property
+    def done(self) -> bool:
+        """Whether the epoch is over, or was stopped (``max_time``, EarlyStopping)."""
+        return super().done and not self._should_accumulate()
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Train a micro-batch, or leave it to the validation that is repeated; the last step is the last."""
@@ -40,10 +45,10 @@ class StepLoop(_TrainingEpochLoop):
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         trainer, every = self.trainer, self.trainer.val_check_batch
-        if trainer.should_stop or not self._should_check_val_epoch() or every in (None, math.inf):
-            return super()._should_check_val_fx(data_fetcher) and (trainer.should_stop or not self._should_accumulate())
         if self._should_accumulate():
             return False
+        if trainer.should_stop or not self._should_check_val_epoch() or every in (None, math.inf):
+            return super()._should_check_val_fx(data_fetcher)
         ready, micro = self.batch_progress.current.ready, trainer.accumulate_grad_batches
         own = ready % micro or micro  # micro-batches of this step
         done = 1 + (self.total_batch_idx if trainer.check_val_every_n_epoch is None else self.batch_idx)
@@ -52,6 +57,16 @@ class StepLoop(_TrainingEpochLoop):
 
 class TrainingLoop(_FitLoop):
     """Lightning's loop over the epochs, which repeats a validation that was interrupted after the last step."""
+
+    leaves = False  # whether an epoch's last hooks are called
+
+    def on_advance_end(self) -> None:
+        """Leave an epoch."""
+        self.leaves = True
+        try:
+            super().on_advance_end()
+        finally:
+            self.leaves = False
 
     @property
     def done(self) -> bool:
@@ -87,10 +102,10 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
     """Change the loops' progress of a checkpoint that is written after a step, so that a run resumes exactly from it.
 
     If a validation follows the step, it becomes that of the validation's beginning; otherwise, at the end of an epoch,
-    that of the epoch's end.
+    that of the epoch's end. Where an epoch was left before its end, it becomes that of the last step.
 
     Args:
-        trainer: The trainer, in ``on_train_batch_end``; at other times nothing is changed.
+        trainer: The trainer, in ``on_train_batch_end`` or ``on_train_epoch_end``; at other times nothing is changed.
         loops: The checkpoint's ``loops``.
     """
     loop, state = trainer.fit_loop.epoch_loop, loops["fit_loop"]
@@ -98,10 +113,17 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
     if not trainer.training or fetcher is None:
         return
     assert isinstance(batches.total, _ProcessedTracker)
-    if batches.total.completed != batches.total.processed - 1:
-        return
     validates, ends = loop._should_check_val_fx(fetcher), loop._num_ready_batches_reached()
-    if not (validates or ends):
+    if getattr(trainer.fit_loop, "leaves", False) and not ends:  # max_time, max_steps or EarlyStopping
+        for span, progress in state["epoch_progress"].items():
+            epochs = (
+                progress["ready"] - 1
+            )  # counted by hand, since a run that resumed at an epoch's end counts one more
+            state["epoch_progress"][span] = {**progress, "processed": epochs, "completed": epochs}
+        _count(state["epoch_loop.batch_progress"], "completed", -1)
+        state["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        return
+    if batches.total.completed != batches.total.processed - 1 or not (validates or ends):
         return
     _count(state["epoch_loop.batch_progress"], "completed")
     if validates:
@@ -114,9 +136,17 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
         state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
-def _count(progress: dict[str, Any], name: str) -> None:
+def is_within_step(trainer: Trainer) -> bool:
+    """Return whether a training has computed micro-batches, or begins one, of a step that isn't complete."""
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress.current
+    assert isinstance(batches, _ProcessedTracker)
+    return trainer.training and (batches.ready != batches.processed or loop._should_accumulate())
+
+
+def _count(progress: dict[str, Any], name: str, by: int = 1) -> None:
     for span in ("total", "current"):
-        progress[span] = {**progress[span], name: progress[span][name] + 1}
+        progress[span] = {**progress[span], name: progress[span][name] + by}
 
 
 def require_states(trainer: Trainer) -> None:

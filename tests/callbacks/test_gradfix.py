@@ -16,6 +16,7 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.transformed import GradientRows
 from shadowlit.lightning_cli import main
+from shadowlit.training.gradient_signs import sign_votes
 from shadowlit.training.objectives import KTO
 from tests.callbacks.test_graft import KINDS, assert_same, fit, make_module, make_trainer, score_by_hand, weights
 from tests.callbacks.test_transforms import ROOT, config
@@ -38,7 +39,7 @@ class Data(RandomData):
         assert given == "few" and batch_size == 1
         return DataLoader(random_samples(5, seed=9), batch_size)
 
-    def overlap(self, name):
+    def overlap(self, name, extra=()):
         return {"train": 3, "left": 2}
 
 
@@ -184,6 +185,16 @@ def test_too_few_rows_and_data_without_extra_rows_are_errors(tmp_path, folders):
         run(RandomData())
     with pytest.raises(GraftError, match=r"gradient of model\.objective's loss at the Instruct, but .*KTO learns from"):
         run(Data(), objective=KTO())
+
+
+def test_a_gradient_that_is_not_a_number_is_an_error():
+    """Of a loss that is one: the derivative of a root at 0 is infinite, and 0 times that is no vote."""
+    model = torch.nn.Linear(2, 1)
+    losses = [(0 * model.weight).sum().sqrt() + model.bias.sum(), model.bias.sum()]
+    assert all(loss.isfinite() for loss in losses)
+    with pytest.raises(GraftError, match="gradients of weight are not numbers"):
+        sign_votes(model, dict(model.named_parameters()), losses)
+    assert sign_votes(model, dict(model.named_parameters()), [2 * model.bias.sum()])["bias"] == 1
 
 
 def test_it_is_refused_where_no_model_is_in_memory(tmp_path, folders, capsys):

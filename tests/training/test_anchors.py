@@ -98,6 +98,8 @@ def test_sums_are_mixed_by_their_means():
     assert mixed_sums(base, instruct, 0.25) == {"loss": 16.0, "count": 4.0}
     nothing = {"loss": torch.tensor(0.0), "count": torch.tensor(0.0)}
     assert mixed_sums(nothing, instruct, 0.25) == {"loss": 2.5, "count": 1.0}
+    counted = ({**one, "tokens": torch.tensor(tokens)} for one, tokens in ((base, 30.0), (instruct, 7.0)))
+    assert mixed_sums(*counted, 0.25) == {"loss": 16.0, "count": 4.0, "tokens": 37.0}  # and not 4 · (7.5 + 1.75)
 
 
 # -- one step -------------------------------------------------------------------------------------------------------
@@ -345,4 +347,5 @@ def test_an_epoch_that_ends_with_one_micro_batch_is_refused(pair):
     with pytest.raises(ShadowlitError, match=r"an epoch has 5 micro-batches.*trainer.limit_train_batches=4"):
         fit(make_module(pair, "lora", Anchors(0.5)), RandomData(5, 1))
     fit(make_module(pair, "lora", Anchors(0.5)), RandomData(5, 1), limit_train_batches=4)
-    fit(make_module(pair, "lora", Anchors(1.0)), RandomData(5, 1))
+    for given, micro in ((Anchors(1.0), 2), (Anchors(1.0, last=0.5), 2), (Anchors(1.0, last=0.5), 1)):  # never both
+        fit(make_module(pair, "lora", given), RandomData(5, 1), accumulate_grad_batches=micro)

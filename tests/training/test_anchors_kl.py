@@ -1,6 +1,7 @@
 """The divergence from the Instruct in a training: its gradient in float64, by ranks and micro-batches, and resuming."""
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import shadowlit.training.anchors as anchors_module
 from shadowlit.callbacks.evaluation import EvaluationCallback
+from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.module import ShadowData
 from shadowlit.data.sampler import epoch_order
 from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.evaluation.forgetting import Divergence
-from shadowlit.grafting.scales import Keep
+from shadowlit.grafting.scales import FitScales, Keep
 from shadowlit.training.anchors import Anchors, NeutralRows
 from shadowlit.training.head import HeadLoss, Predictions
 from shadowlit.training.module import ShadowModule
@@ -60,7 +62,7 @@ class Neutral(RandomData):
     def extra_loader(self, name, source):
         return DataLoader(self.neutral, batch_size=2)
 
-    def overlap(self, name):
+    def overlap(self, name, extra=()):
         return {}
 
     def train_dataloader(self):
@@ -226,6 +228,22 @@ def test_resumed_is_uninterrupted_bit_for_bit(pair, files, tmp_path, kind):
     assert trainer.callback_metrics["train/kl"] == again.callback_metrics["train/kl"] > 0
 
 
+def test_other_rows_when_a_run_resumes_are_reported(pair, files, tmp_path):
+    rows, text = tmp_path / "neutral.jsonl", Path(files["neutral"]).read_text()
+
+    def train(text, steps, callbacks=(), start=None):
+        rows.write_text(text)
+        module = make_module(pair, "lora", anchors(0.0, data=str(rows)))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(module, make_data(pair, files), callbacks, start, accumulate_grad_batches=1, max_steps=steps)
+        return ["model.anchors.kl.data has other rows than" in str(each.message) for each in told].count(True)
+
+    assert train(text, 1, [ModelCheckpoint(tmp_path, "first")]) == 0
+    assert train(text, 2, start=tmp_path / "first.ckpt") == 0
+    assert train(text.replace("neutral", "other"), 2, start=tmp_path / "first.ckpt") == 1
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_packed_training_rows_have_the_same_divergence(pair, files, kind):
     ends, start = [], Start()
@@ -286,29 +304,47 @@ def test_settings_are_refused(pair):
         ShadowModule(pair, anchors={"instruct": 0.5, "kl": {"data": "x"}}, objective=SimPO())
 
 
-def test_rows_are_refused_before_the_data_are_read(pair, files):
+def test_rows_are_refused_before_the_data_are_read(pair, files, monkeypatch):
     class Unread(ShadowData):
         def setup(self, stage=None):
             raise AssertionError("the data were read")
 
     data = Unread(pair, train=files["train"], validation=files["validation"], cache=False)
     evaluation = EvaluationCallback({"kl": Divergence(files["neutral"])})
+    scales = [GraftCallback(fit_scales=FitScales(**each)) for each in (
+        {"data": files["neutral"]}, {"data": "x", "keep": Keep(files["neutral"])},
+    )]  # fmt: skip
+    monkeypatch.setenv("HOME", str(Path(files["train"]).parent))
     for given, callbacks, message in (
         ("nowhere.jsonl", [], "nowhere.jsonl does not exist"),
         (files["validation"], [], r"model\.anchors\.kl\.data is .*, which is data\.validation\.val too"),
+        ("~/train.jsonl", [], r"model\.anchors\.kl\.data is ~/train.jsonl, which is data\.train too"),
         (files["neutral"], [evaluation], r"which is evaluation\.evaluators\.kl\.data too"),
+        (files["neutral"], scales[:1], r"which is graft\.fit_scales\.data too"),
+        (files["neutral"], scales[1:], r"which is graft\.fit_scales\.keep\.data too"),
     ):
         with pytest.raises(ShadowlitError, match=message):
-            fit(make_module(pair, "lora", anchors(0.5, data=given)), data, callbacks)
+            swaps = not set(scales) & set(callbacks)
+            fit(make_module(pair, "lora", anchors(0.5, data=given)), data, callbacks, grafts=swaps)
     with pytest.raises(
         GraftError, match=r"rows of model\.anchors\.kl\.data are read .*, but NoData has no extra_loader"
     ):
         fit(make_module(pair, "lora", anchors(0.5)), NoData())
 
 
-def test_rows_that_are_validated_too_are_reported(pair, files, tmp_path):
-    lines = [Path(files[name]).read_text().splitlines()[0] for name in ("neutral", "validation")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+def test_rows_that_are_validated_or_calibrated_too_are_reported(pair, files, tmp_path):
+    lines = [Path(files[name]).read_text().splitlines() for name in ("neutral", "validation")]
+    (tmp_path / "rows.jsonl").write_text("\n".join([lines[0][0], lines[1][0]]))
+    (tmp_path / "calibration.jsonl").write_text("\n".join(lines[0][:3]))
     module = make_module(pair, "lora", anchors(0.0, data=str(tmp_path / "rows.jsonl")))
-    with pytest.warns(UserWarning, match=r"model\.anchors\.kl\.data shares 1 sample token for token with val/val"):
-        fit(module, make_data(pair, files), accumulate_grad_batches=1, max_steps=1)
+    scales = GraftCallback(fit_scales={"data": str(tmp_path / "calibration.jsonl"), "steps": 1})
+    callbacks = [scales, ExportCallback(folder=str(tmp_path / "export"))]
+    with pytest.warns(UserWarning, match="shares") as told:
+        fit(module, make_data(pair, files), callbacks, grafts=False, accumulate_grad_batches=1, max_steps=1)
+    shared = {str(each.message).partition(", so")[0] for each in told if "shares" in str(each.message)}
+    assert shared == {
+        f"data: {one} shares 1 sample token for token with {other}" for one, other in (
+            ("model.anchors.kl.data", "val/val"), ("model.anchors.kl.data", "graft.fit_scales.data"),
+            ("graft.fit_scales.data", "model.anchors.kl.data"),
+        )
+    }  # fmt: skip

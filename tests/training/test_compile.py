@@ -12,6 +12,8 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
+from tests.training import test_anchors as anchored
+from tests.training import test_anchors_kl as divergence
 
 
 class Watch(Callback):
@@ -74,3 +76,15 @@ def test_an_adapter_compiles_once_for_other_strengths(tmp_path, compiled):
     assert metrics == pytest.approx(fit(folders, "lora")[1], rel=1e-5)
     assert seen[0][2] - seen[0][1] <= 2
     assert {tuple(later) for later in seen[1:]} == {(seen[0][2],) * 3}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_anchors_and_a_divergence_train_the_same(compiled, tmp_path, kind):
+    pair, found = ModelPair(*map(str, save_pair(tmp_path, "qwen3"))), []
+    for compiles in (False, True):
+        module = anchored.make_module(pair, kind, divergence.anchors(0.5), compile_layers=compiles)
+        anchored.fit(module, divergence.Neutral(8, 1))
+        found.append(anchored.parameters(module))
+    assert compiled.frame_count > 0
+    for name, value in found[1].items():
+        torch.testing.assert_close(value, found[0][name], rtol=0, atol=1e-6)

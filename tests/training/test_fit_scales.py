@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.data.collate import Collate
 from shadowlit.delta.delta import Delta
@@ -12,7 +12,7 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.parameters import host_parameters
 from shadowlit.grafting.scales import FitScales, Keep
 from shadowlit.training.fit_scales import Calibration, MemoryScaledGraft, fit_scales
-from shadowlit.training.gradients import gradients_of
+from shadowlit.training.gradients import deterministic, gradients_of
 from shadowlit.training.head import HeadLoss
 from tests.synthetic import random_samples
 from tests.tiny import save_pair
@@ -175,6 +175,26 @@ def test_gradients_are_those_of_a_backward_pass(folders, recomputed):
     assert model.lm_head.weight.grad is kept
     loss_of(model, samples).backward()  # the hooks are gone
     assert len(seen) == len(chosen)
+
+
+@pytest.mark.parametrize(("arch", "options"), [
+    ("opt", {"dropout": 0.5, "ffn_dim": 32, "word_embed_proj_dim": 16}), ("falcon", {"hidden_dropout": 0.5}),
+    ("gpt_neox", {"hidden_dropout": 0.5}),
+])  # fmt: skip
+def test_layers_with_dropout_of_their_own_are_deterministic_too(arch, options):
+    config = AutoConfig.for_model(
+        arch, vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    tokens = {"input_ids": torch.arange(8)[None], "use_cache": False}
+    expected = model.eval()(**tokens).logits
+    model.train()
+    assert not torch.equal(model(**tokens).logits, expected)
+    with deterministic(model):
+        assert torch.equal(model(**tokens).logits, expected)
+    assert all(module.training for module in model.modules())
 
 
 def test_an_exception_leaves_nothing(folders):

@@ -7,12 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from shadowlit.errors import CheckpointError
+from shadowlit.checkpoint.saved import find_whole
+from shadowlit.data.module import ShadowData
+from shadowlit.errors import CheckpointError, ShadowlitError
 from shadowlit.lightning_cli import main
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training import checkpoints
+from shadowlit.training.anchors import Anchors
 from shadowlit.training.resuming import require_states
+from tests.data.templates import talk
 from tests.test_stopping import _MACHINES, root  # noqa: F401  a fixture
+from tests.tiny import save_pair
+from tests.training import test_anchors as anchored
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
 
@@ -111,6 +120,60 @@ def test_the_configured_settings_count_and_not_those_of_the_checkpoint(root, tmp
     torch.save(forged, tmp_path / "forged.ckpt")
     parts = fit(root, tmp_path / "parts", 4, short, f"--ckpt_path={tmp_path / 'forged.ckpt'}")
     require_equal(held(parts / "step-5.ckpt"), held(one / "step-5.ckpt"))
+
+
+class Leave(Callback):
+    """Stops a training after a micro-batch, or saves a checkpoint there."""
+
+    def __init__(self, after, save=None):
+        self.after, self.save = after, save
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.after:
+            trainer.should_stop = self.save is None
+            if self.save:
+                trainer.save_checkpoint(self.save)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A function that trains two epochs of two steps, each of two micro-batches, with two anchors."""
+    folder = tmp_path_factory.mktemp("short")
+    pair = ModelPair(*map(str, save_pair(folder, "qwen3", distance=0.5)))
+    rows = ({"messages": talk(f"say {i}", "x" * (i % 5 + 1))} for i in range(8))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(*callbacks, start=None, **options):
+        module = anchored.make_module(pair, "lora", Anchors(0.5), dropout=0.2)
+        data = ShadowData(pair, train=str(folder / "rows.jsonl"), batch_size=2, max_length=64, cache=False)
+        trainer = anchored.fit(module, data, callbacks, start, **{"max_epochs": 2, **options})
+        return trainer.global_step, anchored.parameters(module)
+
+    return train
+
+
+@pytest.mark.parametrize(("after", "stopped", "options"), [
+    ([1], [1], {}), ([5], [3], {}), ([4, 6], [2, 3], {"max_epochs": -1, "max_steps": 4}),
+])  # fmt: skip
+def test_a_training_that_was_stopped_resumes_exactly(short, tmp_path, after, stopped, options):
+    """By the clock or early, in the middle of an epoch: after the whole step, and the epoch is finished later."""
+    (steps, expected), start = short(**options), None
+    for place, step in zip(after, stopped, strict=True):
+        assert short(Leave(place), ModelCheckpoint(tmp_path, f"{step}"), start=start, **options)[0] == step
+        start = tmp_path / f"{step}.ckpt"
+    again, found = short(start=start, **options)
+    assert again == steps == 4 and all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_checkpoint_within_a_step_is_for_its_weights_alone(short, tmp_path):
+    """And one between steps that another number of micro-batches makes one within a step, with two anchors."""
+    for after in (1, 2):
+        short(Leave(after, tmp_path / f"{after}.ckpt"), max_steps=1 + after // 2)
+    assert find_whole(tmp_path / "1.ckpt", resumes=False, contents=True)
+    with pytest.raises(CheckpointError, match=r"1\.ckpt was written within a step, by an exception or a callback"):
+        short(start=tmp_path / "1.ckpt")
+    with pytest.raises(ShadowlitError, match=r"resumes after 2 micro-batches.*trainer\.accumulate_grad_batches=4"):
+        short(start=tmp_path / "2.ckpt", accumulate_grad_batches=4)
 
 
 OPTIMIZERS = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}

@@ -65,13 +65,20 @@ class Recipe:
         The model that is trained is ``B``, the Base, or ``I``, the Instruct, whose update is grafted onto the Base.
 
         Raises:
-            DataError: The Instruct would start from an update of the Base.
+            DataError: The Instruct would start from an update of the Base, or be trained with the Base as an anchor.
         """
         start = values.get("model.start_from", self.get("model.start_from"))
         if source == "I" and start is not None:
             raise DataError(
                 f"model.start_from is {start!r}, an update of the Base, from which the Instruct can't be trained. "
                 "Leave out the arms I2I and I2B, or set model.start_from to null."
+            )
+        anchors = values.get("model.anchors", self.get("model.anchors"))
+        if source == "I" and anchors is not None:
+            raise DataError(
+                f"model.anchors is {anchors!r}, with which a training of the Instruct would be one of both models too, "
+                "and no arm to compare with. Leave out the arms I2I and I2B, which another comparison can train, or "
+                "set model.anchors to null."
             )
         swapped = self._swapped() if source == "I" else {}
         seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}

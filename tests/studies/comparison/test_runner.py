@@ -78,10 +78,14 @@ def test_changes_may_be_classes(setting, capsys, monkeypatch):
     assert len(jobs) == 3 and all(f"--model.adapter={json.dumps(loha)}" in job.arguments for job in jobs)
 
 
-def test_the_instruct_does_not_start_from_an_update_of_the_base(setting, capsys):
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"model.start_from": "runs/sft"}, "model.start_from is 'runs/sft', an update of the Base"),
+    ({"model.anchors": {"instruct": 0.3}}, "model.anchors is {'instruct': 0.3}, with which a training of the Instruct"),
+])  # fmt: skip
+def test_what_belongs_to_a_training_of_the_base_is_refused_for_one_of_the_instruct(setting, capsys, overrides, message):
     command = ["compare", f"--fit={setting / 'fit.yaml'}", "--seeds=0", f"--out={setting / 'start'}"]
-    assert main([*command, "--overrides", json.dumps({"model.start_from": "runs/sft"})]) == 1
-    assert "model.start_from is 'runs/sft', an update of the Base" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--overrides", json.dumps(overrides)]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module")
