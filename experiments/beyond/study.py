@@ -58,14 +58,10 @@ class Beyond(Study):
         anchors = self.anchors(training)
         if ANCHORS.get(training.source, {}).get("instruct", 1.0) == 1.0:  # one model in all steps
             return config, {**overrides, **anchors}
-        # The same rows in a step, in four micro-batches. An epoch of tool calls is 48 of its 49 rows then: its last
-        # micro-batch would be alone in its step, and both models need one.
+        # The same rows in a step, in four micro-batches.
         batches = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
-        whole = {"trainer.limit_train_batches": 24} if training.task == "tools" else {}
         every = overrides["trainer.val_check_interval"] * 4
-        return config, {
-            **overrides, **batches, **whole, "trainer.val_check_interval": every, **anchors,
-        }  # fmt: skip
+        return config, {**overrides, **batches, "trainer.val_check_interval": every, **anchors}
 
     def anchors(self, training: Training) -> dict[str, Any]:
         """The key of a training's anchors, if it has some."""

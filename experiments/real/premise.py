@@ -14,7 +14,7 @@ from experiments.real.score import Scorer
 from shadowlit.data.template import Encoded
 from shadowlit.harness.perturbations import PERTURBATIONS, perturb
 
-SHOTS = (0, 4)
+SHOTS = (0, 2)
 AS_IS = "as they are"
 
 

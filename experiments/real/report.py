@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.real.premise import AS_IS
 from experiments.real.reading import read_result
+from experiments.real.rows import NUM_EARLY
 from shadowlit.errors import DataError
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, mean_text, paragraphs
@@ -33,9 +34,10 @@ this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turn
 rate 5e-5); *far* continues it with 3 more at 1e-4, and then 2 epochs of DPO on preference pairs. Such Instructs are \
 far less trained than a published one.
 
-**Tasks.** Tool calls (glaive, 49 training rows, no call or request twice) in 3 epochs; GSM8K solutions (160 \
-training rows) in 1 epoch; the same solutions behind the phrase "The solution is as follows:", with which the \
-Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers.
+**Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
+GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
+solution is as follows:", with which the Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear \
+layers.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
 scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \
@@ -44,7 +46,7 @@ scale 1); all numbers below are from other rows. Further seeds are run at the ch
 **Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; it is trained and \
 scored in float32. *first token* is the loss of an answer's first token, *rest* \
 that of all others, *exact* the share of rows whose every token is the most probable one. *KL* is KL(model ‖ \
-untouched Instruct) per token of 40 held-out Alpaca answers, and *Alpaca loss* and *identity loss* are the losses on \
+untouched Instruct) per token of 24 held-out Alpaca answers, and *Alpaca loss* and *identity loss* are the losses on \
 held-out rows of what the Instruct was tuned on (two of the 16 identity answers are in its training rows under other \
 questions). *learned* is the untouched Instruct's loss minus the model's, on the reported rows.
 
@@ -65,12 +67,12 @@ Spearman's rank correlation of what is known during training with B2I's advantag
 the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
 study](../beyond/REPORT.md), whose loss is that of an answer's value. Runs of one setting share rows and models, so \
 there are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
-was fitted on the other settings. The first validation is after 12 to 20 % of the training.
+was fitted on the other settings. The first validation is after 12 to 25 % of the training.
 """
 _COPIES = """\
 Losses of GSM8K's solutions under the untouched models (arXiv 2601.13244: Bases beat their Instructs on some tasks, \
-and Instructs lose more on perturbed questions), in turns or as plain text, with and without four solved examples, \
-on the first 40 reported rows and on their copies with other names, other numbers (and the solution recomputed), \
+and Instructs lose more on perturbed questions), in turns or as plain text, with and without two solved examples, \
+on the first 24 reported rows and on their copies with other names, other numbers (and the solution recomputed), \
 numbers in words, or a sentence that does not matter. A copy costs what its mean loss per token is above that of its \
 original.
 """
@@ -371,7 +373,7 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
     early = {who: live[f"val/{who}/loss"][0][1] for who in ("tuned", "grafted") if f"val/{who}/loss" in live}
     base = setting.base["choice"]
     start, untouched = setting.instruct["choice"], setting.untouched
-    first_rows = setting.instruct.get("early", start[:8])
+    first_rows = setting.instruct.get("early", start[:NUM_EARLY])
     (base_loss, base_norm), (instruct_loss, instruct_norm) = (untouched[who]["initial"] for who in ("base", "instruct"))
     known = {
         "σ of the pair": untouched["offset"]["sigma"],

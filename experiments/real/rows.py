@@ -13,14 +13,19 @@ from typing import Any
 
 Row = dict[str, Any]
 
-NUM_TRAIN = 160
-NUM_CHOICE = 24
-NUM_REPORT = 60
-NUM_KEPT = 40
+NUM_TRAIN = 128
+NUM_CHOICE = 16
+NUM_REPORT = 40
+NUM_EARLY = 4
+NUM_KEPT = 24
 NUM_IDENTITY = 16
 NUM_PREFERENCES = 80
-_LONGEST_ANSWER = 500  # characters of an Alpaca answer, so that a training fits on two cores
-_LONGEST_PREFERENCE = 1200  # characters of either answer
+# Characters, so that a training takes minutes on one core:
+_LONGEST_ANSWER = 500  # of an Alpaca answer
+_LONGEST_PREFERENCE = 1200  # of either answer
+_LONGEST_PROBLEM = 400  # of a word problem with its solution
+_LONGEST_CALL = 1000  # of a conversation with a call, and its tools
+_FIRST_TRAINED = 40  # of the Alpaca rows
 OPENING = "The solution is as follows:\n\n"  # the phrase and the first word are the Instruct's own
 _TOOLS = "You can call these tools. To call one, answer with a JSON object of its name and arguments only.\n\n"
 
@@ -71,14 +76,15 @@ def preferences(file: Path) -> list[Row]:
 
 
 def gsm8k(file: Path, opening: str = "") -> list[Row]:
-    """Word problems and their solutions, each solution beginning with ``opening``."""
+    """Short word problems and their solutions, each solution beginning with ``opening``."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if len(row["question"]) + len(row["answer"]) <= _LONGEST_PROBLEM]
     random.Random("gsm8k").shuffle(rows)
     return [chat(row["question"], opening + row["answer"]) for row in rows]
 
 
 def tool_calls(file: Path) -> list[Row]:
-    """Requests that are answered by a call of a tool; no two rows have the same call or the same request."""
+    """Short conversations that end with a call of a tool; no two rows have the same call or the same request."""
     rows, calls, requests = [], set(), set()
     conversations = json.loads(file.read_text())
     random.Random("tools").shuffle(conversations)
@@ -89,7 +95,9 @@ def tool_calls(file: Path) -> list[Row]:
             if said == "function_call":
                 request = history[-1]["content"]
                 if text not in calls and request not in requests:
-                    rows.append({"messages": [*history, {"role": "assistant", "content": text, "train": True}]})
+                    messages = [*history, {"role": "assistant", "content": text, "train": True}]
+                    if sum(len(each["content"]) for each in messages) <= _LONGEST_CALL:
+                        rows.append({"messages": messages})
                     calls.add(text)
                     requests.add(request)
                 break  # the first call of a conversation: later ones are often the first one again
@@ -102,7 +110,7 @@ def files(shared: Path) -> dict[str, list[Row]]:
     """Rows of every file of the study by its name, from the folder of data sets."""
     general, who = alpaca(shared / "alpaca_en_demo.json"), identity(shared / "identity.json")
     found = {
-        "instruct_train": [*general[NUM_KEPT:], *who[NUM_IDENTITY:]],
+        "instruct_train": [*general[_FIRST_TRAINED:], *who[NUM_IDENTITY:]],
         "preferences": preferences(shared / "dpo_en_demo.json"),
         "alpaca": general[:NUM_KEPT],
         "identity": who[:NUM_IDENTITY],
@@ -118,7 +126,7 @@ def files(shared: Path) -> dict[str, list[Row]]:
 
 def split(name: str, train: list[Row], choice: list[Row], report: list[Row]) -> dict[str, list[Row]]:
     """The files of a task; the early rows, which are scored while it trains, are some of those that choose."""
-    parts = {"train": train, "choice": choice, "report": report, "early": choice[:8]}
+    parts = {"train": train, "choice": choice, "report": report, "early": choice[:NUM_EARLY]}
     return {f"{name}_{part}": rows for part, rows in parts.items()}
 
 

@@ -55,7 +55,7 @@ VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
 NUM_ANSWERED = 24  # rows of the task that are answered
 NUM_READ = 10  # general answers that are kept to be read
-NUM_PERTURBED = 40  # rows of GSM8K that are perturbed
+NUM_PERTURBED = 24  # rows of GSM8K that are perturbed
 PAIRS = ("near", "far")
 """The far Instruct is the near one, tuned further and then on preferences."""
 _SETTINGS = [
@@ -419,8 +419,8 @@ def main() -> None:
     settings = [s for s in _SETTINGS if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
     study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
     with ThreadPoolExecutor(given.workers) as pool:
-        for pair, task in dict.fromkeys((pair, task) for pair, task, _ in settings):
-            study.measure_untouched(pair, task)
+        measured = dict.fromkeys((pair, task) for pair, task, _ in settings)
+        list(pool.map(lambda which: study.measure_untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], None)))
