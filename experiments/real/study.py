@@ -167,15 +167,19 @@ class Study:
 
     def with_reference(self, scorer: Scorer, pair: str, task: str) -> Scorer:
         """The scorer with the untouched Instruct's states on its rows, once they have been measured."""
-        file = self.runs / f"{pair}-{task}.pt"
+        file = self.reference_of(pair, task)
         if file.exists():
             scorer.reference = torch.load(file, weights_only=True)
         return scorer
 
+    def reference_of(self, pair: str, task: str) -> Path:
+        """File of the untouched Instruct's states on the rows of a task; other rows have another file."""
+        return self.runs / f"{pair}-{task}-{digest(file.read_bytes() for file in self.sets(task).values())}.pt"
+
     def measure_untouched(self, pair: str, task: str) -> None:
         """Score the untouched models, and their loss and gradient on the first rows that are trained on."""
         target = self.results / pair / f"{task}_untouched.json"
-        reference = self.runs / f"{pair}-{task}.pt"
+        reference = self.reference_of(pair, task)
         if target.exists() and reference.exists():
             return
         scorer = self.scorer(pair, task)
@@ -225,8 +229,7 @@ class Study:
             [yaml.safe_load(config.read_text()), overrides], sort_keys=True,
             default=lambda file: hashlib.sha256(file.read_bytes()).hexdigest(),
         )  # fmt: skip
-        parts = (keys.encode(), *(file.read_bytes() for file in files))
-        return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:8]
+        return digest((keys.encode(), *(file.read_bytes() for file in files)))
 
     def is_finished(self, training: Training, results: Path) -> bool:
         """Whether there is a result of this training, by its recipe."""
@@ -367,6 +370,11 @@ def fit(
         time.sleep(0.2)
     if code:
         raise RuntimeError(f"the training {name} failed: {failure(log)}")
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """Eight hexadecimal digits that recognise some contents, in their order."""
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:8]
 
 
 def compact(found: Any) -> str:

@@ -116,9 +116,7 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
     validates, ends = loop._should_check_val_fx(fetcher), loop._num_ready_batches_reached()
     if getattr(trainer.fit_loop, "leaves", False) and not ends:  # max_time, max_steps or EarlyStopping
         for span, progress in state["epoch_progress"].items():
-            epochs = (
-                progress["ready"] - 1
-            )  # counted by hand, since a run that resumed at an epoch's end counts one more
+            epochs = progress["ready"] - 1  # by hand, since a run that resumed at an epoch's end counts one more
             state["epoch_progress"][span] = {**progress, "processed": epochs, "completed": epochs}
         _count(state["epoch_loop.batch_progress"], "completed", -1)
         state["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

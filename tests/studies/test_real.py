@@ -195,9 +195,10 @@ def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     study.remove_others("near", "tools", "lora")
     assert file.exists() and not other.exists()
 
-    before = {study.recipe_id(training)}
+    before, reference = {study.recipe_id(training)}, study.reference_of("near", "tools")
     monkeypatch.setattr("experiments.real.study.EPOCHS", {"tools": 4})
     before.add(study.recipe_id(training))
     write([chat("a", "another")], study.data / "identity.jsonl")
     before.add(study.recipe_id(training))
+    assert study.reference_of("near", "tools") != reference  # the untouched models are scored on the new rows too
     assert len(before) == 3 and study.recipe_id(training) in before
