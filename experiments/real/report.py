@@ -31,8 +31,8 @@ Made by `python experiments/real/study.py --shared ../shared` from the result fi
 **Models.** The Base is Gemma 3 270M, pre-trained, dequantised from 4 bits, with its vocabulary cut to the 48,962 \
 tokens of the data (132M parameters left). Its published Instruct is not used: both Instructs are made here from \
 this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turns. *near* has 2 epochs (learning \
-rate 5e-5); *far* continues it with 3 more at 1e-4, and then 2 epochs of DPO on preference pairs. Such Instructs are \
-far less trained than a published one.
+rate 5e-5); *far* continues it with 2 more at 1e-4, and then one of DPO on 52 preference pairs at 1e-5. Such \
+Instructs are far less trained than a published one.
 
 **Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
 GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
@@ -515,8 +515,8 @@ def _more(old: Rows, new: Rows) -> Interval:
 
 def _answers(raw: Mapping[str, Any]) -> str:
     lines = []
-    for name in (name for name in raw if name != "prompts"):
-        task, forms, general = (raw[name][part] for part in ("task", "forms", "general"))
+    for name, given in raw["answers"].items():
+        task, forms, general = (given[part] for part in ("task", "forms", "general"))
         lines.append(
             [
                 name, f"{sum(right for _, right, _ in task)} of {len(task)}",
@@ -530,7 +530,7 @@ def _answers(raw: Mapping[str, Any]) -> str:
 
 def _read(raw: Mapping[str, Any], name: str) -> str:
     """The general answers of a model, to be read."""
-    pairs = zip(raw["prompts"], raw[name]["general"], strict=True)
+    pairs = zip(raw["prompts"], raw["answers"][name]["general"], strict=True)
     flat = lambda text: " ".join(text.split()).replace("|", "\\|")  # noqa: E731
     return markdown_table(("asked", "answer"), [[flat(asked), flat(answer)] for asked, (answer, *_) in pairs])
 

@@ -49,7 +49,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCALES = (0.5, 1.0, 1.5)
 SEEDS = (0, 1, 2)
-RATES = {"lora": (2e-4, 5e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
+LORA_RATES = {"tools": (2e-4, 5e-4, 1e-3), "gsm8k": (5e-4, 1e-3, 2e-3), "gsm8k_opened": (5e-4, 1e-3, 2e-3)}
+FULL_RATES = (1e-5, 3e-5, 1e-4)
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
@@ -59,8 +60,9 @@ NUM_PERTURBED = 24  # rows of GSM8K that are perturbed
 PAIRS = ("near", "far")
 """The far Instruct is the near one, tuned further and then on preferences."""
 _SETTINGS = [
-    *((pair, task, "lora") for pair in PAIRS for task in EPOCHS),
+    *(("near", task, "lora") for task in EPOCHS),
     ("near", "tools", "full"),
+    *(("far", task, "lora") for task in ("tools", "gsm8k")),
 ]
 _TEMPLATE = """{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}\
 {% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\\n\\n' %}{% else %}<start_of_turn>\
@@ -143,13 +145,12 @@ class Study:
         if not near.exists():
             self._make_instruct("near")
         if not tuned.exists():
-            further = {"model.lr": 1e-4, "trainer.max_epochs": 3}
-            tune(tuned.name, pair=(near, near), train=rows, validation=kept, export=tuned, **further)
+            tune(tuned.name, pair=(near, near), train=rows, validation=kept, export=tuned, **{"model.lr": 1e-4})
         tune(
             "far-dpo", pair=(tuned / "model", tuned / "model"), train=self.data / "preferences.jsonl", validation=None,
             export=self.runs / pair,
-            **{"model.objective": "DPO", "model.lr": 5e-6, "data.batch_size": 4, "data.max_length": 512,
-               "data.group_by_length": False, "graft.baselines": True},
+            **{"model.objective": "DPO", "model.lr": 1e-5, "trainer.max_epochs": 1, "data.batch_size": 4,
+               "data.max_length": 512, "data.group_by_length": False, "graft.baselines": True},
         )  # fmt: skip
 
     def sets(self, task: str) -> dict[str, Path]:
@@ -266,7 +267,9 @@ class Study:
     def answer(self, trained: tuple[Training, ...]) -> None:
         """Write the answers of both arms with the first seed, and of the untouched models."""
         first = trained[0]
-        if not (self.results / first.pair / f"{first.task}_{first.method}_answers.json").exists():
+        target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
+        names = [training.name for training in trained]
+        if not target.exists() or read_result(target, lambda raw: raw["trainings"]) != names:
             for training in trained:
                 self.delta_of(training)
             self.in_a_process("answers", {training.source: training.__dict__ for training in trained})
@@ -278,7 +281,7 @@ class Study:
         scorer = self.scorer(first.pair, first.task)
         tasks = read_rows(self.data / f"{first.task}_report.jsonl")[:NUM_ANSWERED]
         general = read_rows(self.data / "alpaca.jsonl")[:NUM_READ]
-        found: dict[str, Any] = {"prompts": [row["messages"][0]["content"] for row in general]}
+        given = {}
         for name in ("Base", "Instruct", *arms):
             if name in arms:
                 scorer.load_graft(Delta.open(self.delta_of(arms[name])), 1.0)
@@ -286,7 +289,12 @@ class Study:
                 scorer.load(self.base)
             else:
                 scorer.load(self.instruct(first.pair))
-            found[name] = answer_all(scorer.model, scorer.tokenizer, first.task, tasks, general)
+            given[name] = answer_all(scorer.model, scorer.tokenizer, first.task, tasks, general)
+        found = {
+            "trainings": [training.name for training in arms.values()],
+            "prompts": [row["messages"][0]["content"] for row in general],
+            "answers": given,
+        }
         target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
         replace_text(target, compact(found))
 
@@ -398,6 +406,11 @@ def offset_of(base: Path, instruct: Path) -> dict[str, float]:
     return {"offset": offset.norm(), "sigma": similarity(base, instruct).similarities[0].sigma_of_matrices}
 
 
+def rates_of(setting: tuple[str, str, str]) -> tuple[float, ...]:
+    """Learning rates that are tried in a setting."""
+    return LORA_RATES[setting[1]] if setting[2] == "lora" else FULL_RATES
+
+
 def trainings(
     setting: tuple[str, str, str],
     rates: Sequence[float],
@@ -431,12 +444,9 @@ def main() -> None:
         list(pool.map(lambda which: study.measure_untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], None)))
-            study.measure_cosines(*setting)
-            write_report(RESULTS, HERE)
-        for setting in settings:
+            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), None)))
             chosen = choose_rates(RESULTS, *setting)
-            list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], chosen)))
+            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), chosen)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         firsts = [
