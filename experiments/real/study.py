@@ -42,7 +42,7 @@ from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import ShadowlitError
-from shadowlit.files import replace_text
+from shadowlit.files import replace_text, written_beside
 from shadowlit.studies.trials.process import Job, failure, start
 
 HERE = Path(__file__).parent
@@ -185,7 +185,8 @@ class Study:
             return
         scorer = self.scorer(pair, task)
         found: dict[str, Any] = {"instruct": {name: scorer.measure(name, keep=True) for name in scorer.rows}}
-        torch.save(scorer.reference, reference)
+        with written_beside(reference) as file:
+            torch.save(scorer.reference, file)
         scorer.load(self.base)
         found["base"] = {name: scorer.measure(name) for name in scorer.rows}
         rows = scorer.read(self.data / f"{task}_train.jsonl")[:16]

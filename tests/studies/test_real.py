@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,3 +203,19 @@ def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     before.add(study.recipe_id(training))
     assert study.reference_of("near", "tools") != reference  # the untouched models are scored on the new rows too
     assert len(before) == 3 and study.recipe_id(training) in before
+
+
+def test_answers_are_given_again_when_another_rate_is_chosen(tmp_path, monkeypatch):
+    study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
+    asked = []
+    monkeypatch.setattr(study, "delta_of", lambda training: None)
+    monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, arguments)))
+    trained = tuple(Training("near", "tools", "lora", source, 1e-3, 0) for source in "BI")
+    file = study.results / "near" / "tools_lora_answers.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"trainings": [training.name for training in trained]}))
+    study.answer(trained)
+    assert not asked
+    other = (replace(trained[0], lr=2e-3), trained[1])
+    study.answer(other)
+    assert asked == [("answers", {training.source: training.__dict__ for training in other})]
