@@ -184,7 +184,7 @@ def main() -> None:
             # Of a real pair they are the other study's, which `find` reads.
             home = study if pair == "embedded" else Study(study.shared, study.runs)
             home.measure_untouched(pair, task)
-            rates = RATES[method] if pair == "embedded" else real.rates_of(setting)
+            rates = RATES[method] if pair == "embedded" else real.RATES[setting]
             trained = ("B", "I", *ANCHORS)
             study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))

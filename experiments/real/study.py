@@ -49,8 +49,15 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCALES = (0.5, 1.0, 1.5)
 SEEDS = (0, 1, 2)
-LORA_RATES = {"tools": (2e-4, 5e-4, 1e-3), "gsm8k": (5e-4, 1e-3, 2e-3), "gsm8k_opened": (5e-4, 1e-3, 2e-3)}
-FULL_RATES = (1e-5, 3e-5, 1e-4)
+RATES = {
+    ("near", "tools", "lora"): (2e-4, 5e-4, 1e-3),
+    ("near", "gsm8k", "lora"): (5e-4, 1e-3, 2e-3),
+    ("near", "gsm8k_opened", "lora"): (5e-4, 1e-3, 2e-3),
+    ("near", "tools", "full"): (1e-5, 3e-5, 1e-4),
+    ("far", "tools", "lora"): (5e-4, 1e-3),
+    ("far", "gsm8k", "lora"): (5e-4, 1e-3),
+}
+"""Settings (pair, task and method), and the learning rates that are tried in each."""
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
@@ -59,11 +66,6 @@ NUM_READ = 10  # general answers that are kept to be read
 NUM_PERTURBED = 24  # rows of GSM8K that are perturbed
 PAIRS = ("near", "far")
 """The far Instruct is the near one, tuned further and then on preferences."""
-_SETTINGS = [
-    *(("near", task, "lora") for task in EPOCHS),
-    ("near", "tools", "full"),
-    *(("far", task, "lora") for task in ("tools", "gsm8k")),
-]
 _TEMPLATE = """{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}\
 {% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\\n\\n' %}{% else %}<start_of_turn>\
 {{ 'model' if message['role'] == 'assistant' else message['role'] }}
@@ -407,11 +409,6 @@ def offset_of(base: Path, instruct: Path) -> dict[str, float]:
     return {"offset": offset.norm(), "sigma": similarity(base, instruct).similarities[0].sigma_of_matrices}
 
 
-def rates_of(setting: tuple[str, str, str]) -> tuple[float, ...]:
-    """Learning rates that are tried in a setting."""
-    return LORA_RATES[setting[1]] if setting[2] == "lora" else FULL_RATES
-
-
 def trainings(
     setting: tuple[str, str, str],
     rates: Sequence[float],
@@ -438,16 +435,16 @@ def main() -> None:
     study = Study(given.shared.resolve(), given.runs.resolve())
     if given.step:
         return study.do(*json.loads(given.step))
-    settings = [s for s in _SETTINGS if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
+    settings = [s for s in RATES if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
     study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
     with ThreadPoolExecutor(given.workers) as pool:
         measured = dict.fromkeys((pair, task) for pair, task, _ in settings)
         list(pool.map(lambda which: study.measure_untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), None)))
+            list(pool.map(study.train_and_score, trainings(setting, RATES[setting], None)))
             chosen = choose_rates(RESULTS, *setting)
-            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), chosen)))
+            list(pool.map(study.train_and_score, trainings(setting, RATES[setting], chosen)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         firsts = [
