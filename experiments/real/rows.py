@@ -22,11 +22,11 @@ NUM_IDENTITY = 16
 NUM_PREFERENCES = 80
 # Characters, so that a training takes minutes on one core:
 _LONGEST_ANSWER = 500  # of an Alpaca answer
-_LONGEST_PREFERENCE = 1200  # of either answer
+_LONGEST_PREFERENCE = 1800  # of a prompt with either answer
 _LONGEST_PROBLEM = 400  # of a word problem with its solution
 _LONGEST_CALL = 1000  # of a conversation with a call, and its tools
 _FIRST_TRAINED = 40  # of the Alpaca rows
-OPENING = "The solution is as follows:\n\n"  # the phrase and the first word are the Instruct's own
+OPENING = "The solution is as follows:\n\n"
 _TOOLS = "You can call these tools. To call one, answer with a JSON object of its name and arguments only.\n\n"
 
 
@@ -59,11 +59,13 @@ def identity(file: Path) -> list[Row]:
 
 
 def preferences(file: Path) -> list[Row]:
-    """Prompts of one turn with a chosen and a rejected answer, both short."""
+    """Short English prompts of one turn with a chosen and a rejected answer, both short."""
     rows = []
     for row in json.loads(file.read_text()):
         turns, chosen, rejected = row["conversations"], row["chosen"]["value"], row["rejected"]["value"]
-        if len(turns) == 1 and max(len(chosen), len(rejected)) <= _LONGEST_PREFERENCE and chosen != rejected:
+        texts = [turns[0]["value"] + answer for answer in (chosen, rejected)]
+        fits = all(len(text) <= _LONGEST_PREFERENCE and text.isascii() for text in texts)
+        if len(turns) == 1 and fits and chosen != rejected:
             prompt = {"role": "user", "content": turns[0]["value"]}
             rows.append(
                 {
