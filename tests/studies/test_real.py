@@ -15,7 +15,7 @@ from experiments.real.report import (
     _premise_on_copies,
     advantage,
     at_equal_divergence,
-    leave_one_setting_out,
+    leave_one_out,
     write_report,
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls, write
@@ -106,10 +106,11 @@ def test_the_report_says_which_arm_is_better(tmp_path):
 def test_a_threshold_is_fitted_on_the_other_settings():
     names = ["a", "a", "b", "b", "c", "c"]
     values, better = np.array([1.0, 9.0, 2.0, 8.0, 3.0, 7.0]), np.array([False, True] * 3)
-    assert leave_one_setting_out(names, values, better) == 1.0
-    assert leave_one_setting_out(["a", "b"], np.array([1.0, 2.0]), np.array([True, True])) == 1.0  # by the majority
+    assert leave_one_out(names, values, better) == 1.0
+    assert leave_one_out(["a", "b"], np.array([1.0, 2.0]), np.array([True, True])) == 1.0  # by the majority
+    assert leave_one_out(["a", "a", "b", "b"], values[:4], np.array([True, True, False, False])) == 0.0  # nobody else's
     better[4:] = [True, False]  # c contradicts: its two are missed, and it misleads no one else's threshold to the end
-    assert leave_one_setting_out(names, values, better) <= 4 / 6
+    assert leave_one_out(names, values, better) <= 4 / 6
 
 
 def test_rows_of_tools_are_called_once_and_prompts_of_alpaca_are_told_apart(tmp_path):
@@ -160,7 +161,7 @@ def test_a_copy_is_compared_with_its_own_original(tmp_path):
     (tmp_path / "near" / "premise.json").write_text(json.dumps(raw))
     _, _, as_is, copy = _premise_on_copies(tmp_path, "near").splitlines()
     assert "| 1.500 | 2.000 | +0.500" in as_is
-    assert "+0.500 (+0.500 to +0.500) | +0.000 (+0.000 to +0.000)" in copy
+    assert "+0.500 (no interval: no spread) | +0.000 (no interval: no spread)" in copy
 
 
 def test_copies_are_of_the_rows_that_can_be_perturbed():
