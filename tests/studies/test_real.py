@@ -220,3 +220,22 @@ def test_answers_are_given_again_when_another_rate_is_chosen(tmp_path, monkeypat
     other = (replace(trained[0], lr=2e-3), trained[1])
     study.answer(other)
     assert asked == [("answers", {training.source: training.__dict__ for training in other})]
+
+
+def test_cosines_are_of_the_updates_by_the_current_recipe(tmp_path, monkeypatch):
+    class Stand:
+        def __init__(self, folder):
+            self.recipe = folder.parents[3].name
+
+        def cosine(self, other):
+            return f"{self.recipe} {other.recipe}"
+
+    study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
+    monkeypatch.setattr(study, "recipe_id", lambda training: "bbb")
+    monkeypatch.setattr("experiments.real.study.Delta.open", Stand)
+    for recipe in ("aaa", "bbb"):  # the first one is another recipe's
+        for source in "BI":
+            (study.runs / f"trainings/{recipe}/near/tools_lora/{source}_lr0.001_seed0-delta/delta").mkdir(parents=True)
+    study.measure_cosines("near", "tools", "lora")
+    found = json.loads((study.results / "near" / "tools_lora_cosines.json").read_text())
+    assert found == {"lr0.001_seed0": "bbb bbb"}
