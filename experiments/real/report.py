@@ -422,6 +422,7 @@ def _prediction(settings: Sequence[Setting]) -> str:
     outcome = np.array([gain for *_, gain in cases])
     majority = max((outcome > 0).mean(), (outcome <= 0).mean())
     mixed = majority < 1
+    groups = [name for name, *_ in cases], [task for _, task, *_ in cases]
     lines = []
     for name in sorted({name for _, _, known, _ in cases for name in known}):
         values = np.array([known.get(name, np.nan) for _, _, known, _ in cases])
@@ -430,9 +431,9 @@ def _prediction(settings: Sequence[Setting]) -> str:
             lines.append([name, "–", str(int(kept.sum())), "the same in all runs", "–", "–"])
             continue
         found = spearman(values[kept].tolist(), outcome[kept].tolist())
+        places = np.flatnonzero(kept)
         shares = [
-            leave_one_out([c[group] for c, k in zip(cases, kept, strict=True) if k], values[kept], outcome[kept] > 0)
-            for group in (0, 1)
+            leave_one_out([names[place] for place in places], values[kept], outcome[kept] > 0) for names in groups
         ]
         span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
         hits_shown = [f"{share:.0%}" if mixed else "–" for share in shares]
