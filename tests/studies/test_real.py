@@ -3,12 +3,13 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from experiments.real.answers import FORMS, right_call, right_number
-from experiments.real.premise import copies
+from experiments.real.premise import copies, encoded
 from experiments.real.report import (
     Run,
     Setting,
@@ -239,3 +240,23 @@ def test_cosines_are_of_the_updates_by_the_current_recipe(tmp_path, monkeypatch)
     study.measure_cosines("near", "tools", "lora")
     found = json.loads((study.results / "near" / "tools_lora_cosines.json").read_text())
     assert found == {"lr0.001_seed0": "bbb bbb"}
+
+
+def test_the_space_before_a_plain_answer_belongs_to_its_first_word():
+    """A tokenizer of words that have their space with them, as many real ones do."""
+
+    class Words:
+        bos_token = "<bos>"
+
+        def __init__(self):
+            self.known = {}
+
+        def __call__(self, text, add_special_tokens):
+            pieces = re.findall(r"<bos>| ?\w+|\s|.", text)
+            return SimpleNamespace(input_ids=[self.known.setdefault(piece, len(self.known)) for piece in pieces])
+
+    tokenizer = Words()
+    row = encoded(tokenizer, [("Why", "Because")], "How", "So", chat=False)
+    whole = "<bos>Question: Why\nAnswer: Because\n\nQuestion: How\nAnswer: So\n\n"
+    assert row.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
+    assert [label for label in row.labels if label != -100] == tokenizer(" So\n\n", add_special_tokens=False).input_ids
