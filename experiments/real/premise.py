@@ -43,10 +43,11 @@ def encoded(tokenizer: Any, examples: Sequence[tuple[str, str]], question: str, 
         ending = "<end_of_turn>"
     else:
         shown = [f"Question: {q}\nAnswer: {a}\n\n" for q, a in examples]
-        prompt = (tokenizer.bos_token or "") + "".join(shown) + f"Question: {question}\nAnswer: "
+        prompt = (tokenizer.bos_token or "") + "".join(shown) + f"Question: {question}\nAnswer:"
         ending = "\n\n"
     before = tokenizer(prompt, add_special_tokens=False).input_ids
-    after = tokenizer(answer.strip() + ending, add_special_tokens=False).input_ids
+    # The space is part of the first word's token: alone at the prompt's end, it would be one that no text has there.
+    after = tokenizer(("" if chat else " ") + answer.strip() + ending, add_special_tokens=False).input_ids
     return Encoded([*before, *after], [-100] * len(before) + after)
 
 

@@ -36,8 +36,11 @@ Instructs are far less trained than a published one.
 
 **Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
 GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
-solution is as follows:", with which the Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear \
-layers.
+solution is as follows:", whose first word is one that the Instruct often begins with. The whole phrase is not the \
+Instruct's: none of its training answers has it. 8 rows per step, LoRA of rank 16 on all linear layers.
+
+The rows of a task are in one part only, but some resemble each other: a reported tool call may differ from a \
+trained one in a few words, or call the same tool.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
 scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \
@@ -56,18 +59,24 @@ spread between seeds; with one seed they are over rows alone.
 _OVERVIEW = """\
 *B2I better by* is how much lower B2I's loss is, in nats per token; below zero, direct tuning is better. The \
 comparison at equal KL takes the smaller of both arms' divergences at scale 1, and scales the other arm's update \
-down until it diverges as much (between the measured scales, linear in the square root of the divergence).
+down until it diverges as much (between the measured scales, linear in the square root of the divergence, which makes \
+the loss of the scaled arm a little too high where it is convex). Intervals are not corrected for their number.
 """
 _PREMISE = """\
 The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3.25 times smaller than the \
 Instruct's. Here: loss per token, and norm of its gradient by all weights, on the first 16 training rows.
 """
 _PREDICTORS = """\
-Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the I2I of \
+Spearman's rank correlation of what is known of a training with B2I's advantage in loss at equal KL over the I2I of \
 the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
-study](../beyond/REPORT.md), whose loss is that of an answer's value. Runs of one setting share rows and models, so \
-there are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
-was fitted on the other settings. The first validation is after 12 to 25 % of the training.
+study](../beyond/REPORT.md), whose loss is that of an answer's value. What the untouched models do is known before \
+training, the gain at the first validation after 12 to 25 % of it, ‖Δ‖ at its end, and the cosine only once the \
+Instruct has been trained too. How much of the update survives rounding was not kept, so it is not among them. Runs \
+of one setting share rows and models, so there are far fewer independent cases than runs.
+
+The last two columns predict which arm is better, by one threshold (or none, if that fits as well) that was fitted on \
+the other settings, or on the other tasks: LoRA and full tuning of one task start from the same losses and gradients, \
+so that a task is predicted from itself unless both are left out.
 """
 _COPIES = """\
 Losses of GSM8K's solutions under the untouched models (arXiv 2601.13244: Bases beat their Instructs on some tasks, \
@@ -87,7 +96,7 @@ LOSS, TOKENS, FIRST, EXACT, KL = range(5)
 TASKS = {
     "tools": "tool calls",
     "gsm8k": "GSM8K solutions",
-    "gsm8k_opened": "GSM8K solutions that open with a phrase of the Instruct's",
+    "gsm8k_opened": "GSM8K solutions that open with one phrase",
 }
 ARMS = {"B": "B2I", "I": "I2I"}
 COLOURS = {"B": "tab:blue", "I": "tab:orange"}
@@ -297,6 +306,9 @@ def _rates(setting: Setting) -> str:
 
 
 def interval_text(found: Interval) -> str:
+    """A difference with its interval, or that rows and seeds have no spread to make one of."""
+    if found.is_degenerate:
+        return f"{found.difference:+.3f} (no interval: no spread)"
     return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
@@ -391,7 +403,8 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
 
 def _prediction(settings: Sequence[Setting]) -> str:
     """Rank correlations with B2I's advantage at equal KL over the I2I of the same rate and seed, and a rule."""
-    cases: list[tuple[str, dict[str, float], float]] = []
+    cases: list[tuple[str, str, dict[str, float], float]] = []  # setting, task, what is known, advantage
+    num_at_whole = 0
     for setting in settings:
         direct = {(run.lr, run.seed): run for run in setting.runs if run.source == "I"}
         for run in setting.runs:
@@ -401,32 +414,41 @@ def _prediction(settings: Sequence[Setting]) -> str:
             kl = min(run.divergence(1.0), other.divergence(1.0))
             one, two = run.at_divergence(kl), other.at_divergence(kl)
             if one is not None and two is not None:
-                cases.append((setting.name, predictors(setting, run), per_token(two) - per_token(one)))
-    if len({name for name, _, _ in cases}) < 2:
+                task = f"{setting.pair}/{setting.task}"
+                cases.append((setting.name, task, predictors(setting, run), per_token(two) - per_token(one)))
+                num_at_whole += run.learned(1.0) > other.learned(1.0)
+    if len({name for name, *_ in cases}) < 2:
         return "This takes two settings with both arms at one rate."
-    outcome = np.array([gain for _, _, gain in cases])
+    outcome = np.array([gain for *_, gain in cases])
     majority = max((outcome > 0).mean(), (outcome <= 0).mean())
     mixed = majority < 1
+    groups = [name for name, *_ in cases], [task for _, task, *_ in cases]
     lines = []
-    for name in sorted({name for _, known, _ in cases for name in known}):
-        values = np.array([known.get(name, np.nan) for _, known, _ in cases])
+    for name in sorted({name for _, _, known, _ in cases for name in known}):
+        values = np.array([known.get(name, np.nan) for _, _, known, _ in cases])
         kept = ~np.isnan(values)
         if len(set(values[kept])) < 2:
-            lines.append([name, "–", str(int(kept.sum())), "the same in all runs", "–"])
+            lines.append([name, "–", str(int(kept.sum())), "the same in all runs", "–", "–"])
             continue
         found = spearman(values[kept].tolist(), outcome[kept].tolist())
-        hits = leave_one_setting_out(
-            [c[0] for c in np.array(cases, dtype=object)[kept]], values[kept], outcome[kept] > 0
-        )
+        places = np.flatnonzero(kept)
+        shares = [
+            leave_one_out([names[place] for place in places], values[kept], outcome[kept] > 0) for names in groups
+        ]
         span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
-        lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, f"{hits:.0%}" if mixed else "–"])
-    text = markdown_table(("known", "ρ", "n", "values", "hits of a threshold, leave one setting out"), lines)
-    said = f"B2I has the lower loss at equal KL in {int((outcome > 0).sum())} of {len(cases)} cases"
+        hits_shown = [f"{share:.0%}" if mixed else "–" for share in shares]
+        lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, *hits_shown])
+    headings = ("known", "ρ", "n", "values", "hits of a threshold, leave one setting out", "leave one task out")
+    text = markdown_table(headings, lines)
+    said = (
+        f"B2I has the lower loss at equal KL in {int((outcome > 0).sum())} of {len(cases)} cases (at scale 1, whatever "
+        f"the KL, in {num_at_whole})"
+    )
     if not mixed:
         return f"{text}\n\n{said}: with one outcome alone, no rule that predicts it can be tested."
-    ratios = [known["initial loss, Base / Instruct"] for _, known, _ in cases]
-    hits = {name: [0, 0] for name, _, _ in cases}
-    for (name, _, gain), ratio in zip(cases, ratios, strict=True):
+    ratios = [known["initial loss, Base / Instruct"] for _, _, known, _ in cases]
+    hits = {name: [0, 0] for name, *_ in cases}
+    for (name, *_, gain), ratio in zip(cases, ratios, strict=True):
         hits[name][0] += (ratio < 1) == (gain > 0)
         hits[name][1] += 1
     told = ", ".join(f"{name} {right} of {count}" for name, (right, count) in hits.items())
@@ -437,10 +459,10 @@ def _prediction(settings: Sequence[Setting]) -> str:
     )
 
 
-def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
-    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other settings.
+def leave_one_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
+    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other groups.
 
-    Where the other settings have one value only, their more frequent outcome is predicted.
+    Where no threshold fits better than the more frequent outcome of the other groups, that is predicted.
     """
     groups = np.array(names)
     hits = 0
@@ -448,13 +470,8 @@ def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.n
         inside = groups == name
         known, truth = values[~inside], better[~inside]
         distinct = np.unique(known)
-        if len(distinct) < 2:
-            hits += int((better[inside] == (2 * truth.sum() > len(truth))).sum())
-            continue
-        middles = (distinct[:-1] + distinct[1:]) / 2
-        threshold, sign = max(
-            ((t, s) for t in middles for s in (1, -1)), key=lambda ts: ((ts[1] * (known - ts[0]) > 0) == truth).mean()
-        )
+        rules = [(math.inf, 1), (-math.inf, 1), *((t, s) for t in (distinct[:-1] + distinct[1:]) / 2 for s in (1, -1))]
+        threshold, sign = max(rules, key=lambda ts: ((ts[1] * (known - ts[0]) > 0) == truth).mean())
         hits += int(((sign * (values[inside] - threshold) > 0) == better[inside]).sum())
     return hits / len(names)
 

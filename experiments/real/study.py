@@ -343,10 +343,11 @@ class Study:
         replace_text(self.results / f"{training.name}.json", compact({**made, **details, "scores": scores}))
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
-        """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
+        """Cosines of the two arms' deltas at equal rate and seed, where both are in ``runs`` by the present recipe."""
         target = self.results / pair / f"{task}_{method}_cosines.json"
         found = read_result(target, dict) if target.exists() else {}
-        for one in sorted(self.runs.glob(f"trainings/*/{pair}/{task}_{method}/B_*-delta")):
+        recipe = self.recipe_id(Training(pair, task, method, "B", 0.0, 0))  # of any rate and seed
+        for one in sorted(self.runs.glob(f"trainings/{recipe}/{pair}/{task}_{method}/B_*-delta")):
             other = one.with_name(one.name.replace("B_", "I_", 1))
             name = one.name.removeprefix("B_").removesuffix("-delta")
             if name not in found and other.exists():

@@ -71,15 +71,18 @@ def opening_line(metrics: Mapping[str, float]) -> str | None:
     """Return a warning where the graft opens its answers otherwise than the tuned Base, or None.
 
     The update can carry the content of a task and not its format: the tuned Base opens an answer as the data do, and
-    the graft as the Instruct does. The threshold is one nat, a first token that is 2.7 times less probable.
+    the graft does not; how it opens them instead, the losses don't say. The threshold is one nat, a first token that is
+    2.7 times less probable.
     """
-    tuned, grafted = (metrics.get(f"val/{who}/first_token_loss", math.nan) for who in ("tuned", "grafted"))
+    who = ("tuned", "grafted", "instruct")
+    tuned, grafted, instruct = (metrics.get(f"val/{each}/first_token_loss", math.nan) for each in who)
     if not grafted - tuned > _OPENS_OTHERWISE:
         return None
+    untouched = "" if math.isnan(instruct) else f" ({number(instruct)} under the untouched Instruct)"
     return (
         f"openings: the first token of an answer has a loss of {number(grafted)} under the graft and of "
-        f"{number(tuned)} under the tuned Base: the graft still opens its answers as the Instruct does. Compare it "
-        "with direct tuning (shadowlit compare), or try a larger scale (graft.scales)."
+        f"{number(tuned)} under the tuned Base{untouched}: the graft is less likely to open its answers as the data "
+        "do. Compare it with direct tuning (shadowlit compare), or try a larger scale (graft.scales)."
     )
 
 

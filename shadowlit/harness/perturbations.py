@@ -56,6 +56,8 @@ _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])
 _WHOLE = re.compile(r"""(?<![\w.,$€£#"'′″’/:%*+=^-])\d{1,3}(?![\w$€£%°"'′″’/:*+=^-]|[.,]\d)""")
 _PER_CENT = re.compile(rf"({_NUMBER.pattern})\s*(?:%|per ?cent)")
 _STEP = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
+# A result without an annotation: what stands behind "=" up to its unit, unless another "=" follows.
+_BARE_RESULT = re.compile(r"=(?![^<>]*>>)[\s$]*[\d.][\d.,$%()/*+×x\s-]*+(?![=<])")
 _FINAL = re.compile(r"####\s*(-?[\d,.]+)\s*$")
 _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.!?][\"'”’)]*\s+(?=\S)")
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -69,8 +71,9 @@ def perturb(kind: str, row: Row, field: str, seed: int, index: int) -> dict[str,
 
     ``names``: common first names in the question become others of the same gender, in all texts of the row.
     ``numbers``: numbers of the question become others, and the answer is computed again. It takes a solution with
-    annotations as in GSM8K (``<<16-3-4=9>>9``, ``#### 9``) whose whole chain recomputes before and after; every number
-    in it must come from the question, an earlier step, or be a usual constant (12 months, 100 per cent).
+    annotations as in GSM8K (``<<16-3-4=9>>9``, ``#### 9``) whose whole chain recomputes before and after; every result
+    must be annotated, and every number must come from the question, an earlier step, or be a usual constant (12 months,
+    100 per cent).
     ``words``: whole numbers below 1,000 are written in words. ``distractors``: a sentence that doesn't matter is
     inserted before the question's last one.
 
@@ -166,6 +169,8 @@ def _changeable(question: str, solution: str) -> list[Fraction]:
 
 def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]) -> dict[Fraction, Fraction] | None:
     """All values that change with those of the question, results included; None unless the chain recomputes."""
+    if _BARE_RESULT.search(solution):
+        return None  # it would stay as it is, and its value may be taken for a constant
     asked = set(_values(question))
     known = asked | _spoken(question) | {value / 100 for value in asked} | {1 + value / 100 for value in asked}
     known |= {1 - value / 100 for value in asked} | _CONSTANTS

@@ -203,10 +203,14 @@ def test_what_survives_is_said_in_words():
 
 
 def test_a_graft_that_opens_its_answers_otherwise_than_the_tuned_base_is_named():
-    def line(tuned, grafted):
-        return opening_line({"val/tuned/first_token_loss": tuned, "val/grafted/first_token_loss": grafted})
+    def line(tuned, grafted, **others):
+        values = {"tuned": tuned, "grafted": grafted, **others}
+        return opening_line({f"val/{who}/first_token_loss": value for who, value in values.items()})
 
     assert "of 6.300 under the graft and of 0.2700 under the tuned Base" in (line(0.27, 6.3) or "")
+    assert "tuned Base (0.5000 under the untouched Instruct): the graft is less" in (
+        line(0.27, 6.3, instruct=0.5) or ""
+    )
     assert line(0.27, 1.27) is None and line(0.27, 1.28) is not None
     assert line(math.nan, 6.3) is None and line(2.0, 0.1) is None and opening_line({}) is None
 

@@ -65,6 +65,21 @@ def test_numbers_stay_where_the_solution_cannot_be_recomputed(old, new):
     assert perturbed("numbers", {"question": "What is 16 and 17?", "answer": "33"}) is None
 
 
+@pytest.mark.parametrize(("step", "is_certain"), [
+    ("a fee of 40*.25 = $10.00", False),  # 10 may be a constant, so that the chain alone would not show it
+    ("a fee of 40/4 = 10/1 dollars", False),
+    ("a fee of 40*.25 = 20/2 = $<<40*.25=10>>10", True),
+    ("a fee = 40*.25 = $<<40*.25=10>>10", True),
+    ("a fee of 40*.25 = $<<40*.25=10>>10", True),
+])  # fmt: skip
+def test_numbers_stay_where_a_result_is_not_annotated(step, is_certain):
+    row = {
+        "question": "The bill is $40 before a fee of 25%, and delivery is $8. What is the price?",
+        "answer": f"There is {step}.\nThe price is 40+10+8=<<40+10+8=58>>58.\n#### 58",
+    }
+    assert any(perturbed("numbers", row, seed) for seed in range(5)) == is_certain
+
+
 @pytest.mark.parametrize("share", [0.22, 1.22, 0.78, 0.25])
 def test_a_rate_that_a_solution_also_uses_as_a_share_stays(share):
     """The share would not change with it; 1/4 could also be a constant."""

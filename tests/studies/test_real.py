@@ -3,19 +3,20 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from experiments.real.answers import FORMS, right_call, right_number
-from experiments.real.premise import copies
+from experiments.real.premise import copies, encoded
 from experiments.real.report import (
     Run,
     Setting,
     _premise_on_copies,
     advantage,
     at_equal_divergence,
-    leave_one_setting_out,
+    leave_one_out,
     write_report,
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls, write
@@ -106,10 +107,11 @@ def test_the_report_says_which_arm_is_better(tmp_path):
 def test_a_threshold_is_fitted_on_the_other_settings():
     names = ["a", "a", "b", "b", "c", "c"]
     values, better = np.array([1.0, 9.0, 2.0, 8.0, 3.0, 7.0]), np.array([False, True] * 3)
-    assert leave_one_setting_out(names, values, better) == 1.0
-    assert leave_one_setting_out(["a", "b"], np.array([1.0, 2.0]), np.array([True, True])) == 1.0  # by the majority
+    assert leave_one_out(names, values, better) == 1.0
+    assert leave_one_out(["a", "b"], np.array([1.0, 2.0]), np.array([True, True])) == 1.0  # by the majority
+    assert leave_one_out(["a", "a", "b", "b"], values[:4], np.array([True, True, False, False])) == 0.0  # nobody else's
     better[4:] = [True, False]  # c contradicts: its two are missed, and it misleads no one else's threshold to the end
-    assert leave_one_setting_out(names, values, better) <= 4 / 6
+    assert leave_one_out(names, values, better) <= 4 / 6
 
 
 def test_rows_of_tools_are_called_once_and_prompts_of_alpaca_are_told_apart(tmp_path):
@@ -160,7 +162,7 @@ def test_a_copy_is_compared_with_its_own_original(tmp_path):
     (tmp_path / "near" / "premise.json").write_text(json.dumps(raw))
     _, _, as_is, copy = _premise_on_copies(tmp_path, "near").splitlines()
     assert "| 1.500 | 2.000 | +0.500" in as_is
-    assert "+0.500 (+0.500 to +0.500) | +0.000 (+0.000 to +0.000)" in copy
+    assert "+0.500 (no interval: no spread) | +0.000 (no interval: no spread)" in copy
 
 
 def test_copies_are_of_the_rows_that_can_be_perturbed():
@@ -219,3 +221,42 @@ def test_answers_are_given_again_when_another_rate_is_chosen(tmp_path, monkeypat
     other = (replace(trained[0], lr=2e-3), trained[1])
     study.answer(other)
     assert asked == [("answers", {training.source: training.__dict__ for training in other})]
+
+
+def test_cosines_are_of_the_updates_by_the_current_recipe(tmp_path, monkeypatch):
+    class Stand:
+        def __init__(self, folder):
+            self.recipe = folder.parents[3].name
+
+        def cosine(self, other):
+            return f"{self.recipe} {other.recipe}"
+
+    study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
+    monkeypatch.setattr(study, "recipe_id", lambda training: "bbb")
+    monkeypatch.setattr("experiments.real.study.Delta.open", Stand)
+    for recipe in ("aaa", "bbb"):  # the first one is another recipe's
+        for source in "BI":
+            (study.runs / f"trainings/{recipe}/near/tools_lora/{source}_lr0.001_seed0-delta/delta").mkdir(parents=True)
+    study.measure_cosines("near", "tools", "lora")
+    found = json.loads((study.results / "near" / "tools_lora_cosines.json").read_text())
+    assert found == {"lr0.001_seed0": "bbb bbb"}
+
+
+def test_the_space_before_a_plain_answer_belongs_to_its_first_word():
+    """A tokenizer of words that have their space with them, as many real ones do."""
+
+    class Words:
+        bos_token = "<bos>"
+
+        def __init__(self):
+            self.known = {}
+
+        def __call__(self, text, add_special_tokens):
+            pieces = re.findall(r"<bos>| ?\w+|\s|.", text)
+            return SimpleNamespace(input_ids=[self.known.setdefault(piece, len(self.known)) for piece in pieces])
+
+    tokenizer = Words()
+    row = encoded(tokenizer, [("Why", "Because")], "How", "So", chat=False)
+    whole = "<bos>Question: Why\nAnswer: Because\n\nQuestion: How\nAnswer: So\n\n"
+    assert row.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
+    assert [label for label in row.labels if label != -100] == tokenizer(" So\n\n", add_special_tokens=False).input_ids
