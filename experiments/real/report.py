@@ -71,8 +71,8 @@ Spearman's rank correlation of what is known of a training with B2I's advantage 
 the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
 study](../beyond/REPORT.md), whose loss is that of an answer's value. What the untouched models do is known before \
 training, the gain at the first validation after 12 to 25 % of it, ‖Δ‖ at its end, and the cosine only once the \
-Instruct has been trained too. How much of the update survives rounding was not kept, so it is not among them. Runs \
-of one setting share rows and models, so there are far fewer independent cases than runs.
+Instruct has been trained too. How much of the update survives rounding was kept of the later runs only. Runs of one \
+setting share rows and models, so there are far fewer independent cases than runs.
 
 The last two columns predict which arm is better, by one threshold (or none, if that fits as well) that was fitted on \
 the other settings, or on the other tasks: LoRA and full tuning of one task start from the same losses and gradients, \
@@ -396,6 +396,8 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
         "initial loss, Base / Instruct": base_loss / instruct_loss,
         "initial gradient, Base / Instruct": base_norm / instruct_norm,
     }  # fmt: skip
+    if "graft/survival" in live:
+        known["survival of the update at its end"] = live["graft/survival"][-1][1]
     if len(early) == 2:
         known["gain of the graft at the first validation"] = per_token(first_rows) - early["grafted"]
     return known

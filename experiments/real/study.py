@@ -337,7 +337,7 @@ class Study:
         live = {
             name: values
             for name, values in read_metrics(self.folder_of(trained) / "metrics.csv").items()
-            if name.startswith(("val/", "train/loss"))
+            if name.startswith(("val/", "train/loss")) or name == "graft/survival"
         }
         made = {**training.__dict__, "recipe": self.recipe_id(training), "norm": delta.norm(), "live": live}
         replace_text(self.results / f"{training.name}.json", compact({**made, **details, "scores": scores}))
