@@ -360,7 +360,10 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
                 label=ARMS[run.source] if best and run.seed == 0 else None,
             )  # fmt: skip
         tuned = per_token(setting.instruct["report"]) - per_token(setting.base["report"])
-        axis.axhline(tuned, color="grey", linestyle=":", label="untouched Base")
+        limits = axis.get_ylim()
+        axis.axhline(tuned, color="grey", linestyle=":", label=f"untouched Base ({tuned:+.2f})")
+        if tuned < limits[0]:  # far below, where it would press the lines together
+            axis.set_ylim(limits)
     save(figure, settings, target, "KL from the Instruct, Alpaca (nats per token)")
 
 
@@ -429,8 +432,10 @@ def _prediction(settings: Sequence[Setting]) -> str:
     for name in sorted({name for _, _, known, _ in cases for name in known}):
         values = np.array([known.get(name, np.nan) for _, _, known, _ in cases])
         kept = ~np.isnan(values)
-        if len(set(values[kept])) < 2:
-            lines.append([name, "–", str(int(kept.sum())), "the same in all runs", "–", "–"])
+        same = len(set(values[kept])) < 2
+        if same or len({case[1] for case, has in zip(cases, kept, strict=True) if has}) < 2:
+            why = "the same in all runs" if same else "of one task only"
+            lines.append([name, "–", str(int(kept.sum())), why, "–", "–"])
             continue
         found = spearman(values[kept].tolist(), outcome[kept].tolist())
         places = np.flatnonzero(kept)
