@@ -183,7 +183,7 @@ def main() -> None:
             study.prepare([pair])
             # Of a real pair they are the other study's, which `find` reads.
             home = study if pair == "embedded" else Study(study.shared, study.runs)
-            home.measure_untouched(pair, task)
+            home.untouched(pair, task)
             rates = RATES[method] if pair == "embedded" else real.RATES[setting]
             trained = ("B", "I", *ANCHORS)
             study.remove_others(*setting)

@@ -179,12 +179,17 @@ class Study:
         """File of the untouched Instruct's states on the rows of a task; other rows have another file."""
         return self.runs / f"{pair}-{task}-{digest(file.read_bytes() for file in self.sets(task).values())}.pt"
 
+    def _untouched_files(self, pair: str, task: str) -> tuple[Path, Path]:
+        return self.results / pair / f"{task}_untouched.json", self.reference_of(pair, task)
+
+    def untouched(self, pair: str, task: str) -> None:
+        """Measure the untouched models, unless they have been."""
+        if not all(file.exists() for file in self._untouched_files(pair, task)):
+            self.in_a_process("untouched", {"pair": pair, "task": task})
+
     def measure_untouched(self, pair: str, task: str) -> None:
         """Score the untouched models, and their loss and gradient on the first rows that are trained on."""
-        target = self.results / pair / f"{task}_untouched.json"
-        reference = self.reference_of(pair, task)
-        if target.exists() and reference.exists():
-            return
+        target, reference = self._untouched_files(pair, task)
         scorer = self.scorer(pair, task)
         found: dict[str, Any] = {"instruct": {name: scorer.measure(name, keep=True) for name in scorer.rows}}
         with written_beside(reference) as file:
@@ -257,15 +262,19 @@ class Study:
             self.in_a_process("score", training.__dict__)
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
-        """Do a step in a process of its own, whose models are gone when it ends."""
+        """Do a step in a process of its own: its models are gone when it ends, and threads can't load models at once."""
         run(__file__, "--shared", self.shared, "--runs", self.runs, "--step", json.dumps([step, arguments]))
 
     def do(self, step: str, arguments: dict[str, Any]) -> None:
-        """Score a training (``score``), or write the answers of both arms (``answers``)."""
+        """Do a step that :meth:`in_a_process` has been asked for."""
         if step == "score":
             self.score(Training(**arguments))
-        else:
+        elif step == "answers":
             self.write_answers(arguments)
+        elif step == "untouched":
+            self.measure_untouched(**arguments)
+        else:
+            self.measure_premise(**arguments)
 
     def answer(self, trained: tuple[Training, ...]) -> None:
         """Write the answers of both arms with the first seed, and of the untouched models."""
@@ -301,17 +310,22 @@ class Study:
         target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
         replace_text(target, compact(found))
 
+    def premise(self, pair: str) -> None:
+        """Measure the premise of a pair, unless it has been."""
+        if not self._premise_file(pair).exists():
+            self.in_a_process("premise", {"pair": pair})
+
+    def _premise_file(self, pair: str) -> Path:
+        return self.results / pair / "premise.json"
+
     def measure_premise(self, pair: str) -> None:
         """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
-        target = self.results / pair / "premise.json"
-        if target.exists():
-            return
         scorer = Scorer(self.instruct(pair), {})
         rows, examples = (read_rows(self.data / f"gsm8k_{part}.jsonl") for part in ("report", "train"))
         found = {"instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
         scorer.load(self.base)
         found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
-        replace_text(target, compact(found))
+        replace_text(self._premise_file(pair), compact(found))
 
     @staticmethod
     def folder_of(delta: Path) -> Path:
@@ -440,7 +454,7 @@ def main() -> None:
     study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
     with ThreadPoolExecutor(given.workers) as pool:
         measured = dict.fromkeys((pair, task) for pair, task, _ in settings)
-        list(pool.map(lambda which: study.measure_untouched(*which), measured))
+        list(pool.map(lambda which: study.untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, RATES[setting], None)))
@@ -453,7 +467,7 @@ def main() -> None:
             for setting in settings
         ]
         list(pool.map(study.answer, firsts))
-        list(pool.map(study.measure_premise, dict.fromkeys(pair for pair, _, _ in settings)))
+        list(pool.map(study.premise, dict.fromkeys(pair for pair, _, _ in settings)))
         write_report(RESULTS, HERE)
     return None
 
