@@ -262,7 +262,7 @@ class Study:
             self.in_a_process("score", training.__dict__)
 
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
-        """Do a step in a process of its own: its models are gone when it ends, and threads can't load models at once."""
+        """Do a step in a process of its own, whose models are gone at its end; threads can't load models at once."""
         run(__file__, "--shared", self.shared, "--runs", self.runs, "--step", json.dumps([step, arguments]))
 
     def do(self, step: str, arguments: dict[str, Any]) -> None:

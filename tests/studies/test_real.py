@@ -260,3 +260,20 @@ def test_the_space_before_a_plain_answer_belongs_to_its_first_word():
     whole = "<bos>Question: Why\nAnswer: Because\n\nQuestion: How\nAnswer: So\n\n"
     assert row.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
     assert [label for label in row.labels if label != -100] == tokenizer(" So\n\n", add_special_tokens=False).input_ids
+
+
+def test_models_are_measured_once_and_in_processes_of_their_own(tmp_path, monkeypatch):
+    study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
+    asked = []
+    monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, arguments)))
+    for name in ("tools_choice", "tools_report", "alpaca", "identity"):
+        write([chat("a", name)], study.data / f"{name}.jsonl")
+    (study.results / "near").mkdir(parents=True)
+    for file in (study.results / "near" / "tools_untouched.json", study.results / "near" / "premise.json"):
+        file.touch()
+    study.untouched("near", "tools")  # its reference is missing
+    study.premise("near")
+    study.reference_of("near", "tools").touch()
+    study.untouched("near", "tools")
+    study.premise("far")
+    assert asked == [("untouched", {"pair": "near", "task": "tools"}), ("premise", {"pair": "far"})]
