@@ -443,7 +443,8 @@ def _prediction(settings: Sequence[Setting]) -> str:
             leave_one_out([names[place] for place in places], values[kept], outcome[kept] > 0) for names in groups
         ]
         span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
-        hits_shown = [f"{share:.0%}" if mixed else "–" for share in shares]
+        both = len(set(outcome[kept] > 0)) == 2
+        hits_shown = [f"{share:.0%}" if both else "–" for share in shares]
         lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, *hits_shown])
     headings = ("known", "ρ", "n", "values", "hits of a threshold, leave one setting out", "leave one task out")
     text = markdown_table(headings, lines)
