@@ -299,7 +299,8 @@ def _rates(setting: Setting) -> str:
     said = []
     for source, lr in setting.chosen.items():
         tried = sorted({run.lr for run in setting.runs if run.source == source and run.seed == 0})
-        edge = {tried[0]: "the smallest", tried[-1]: "the largest"}.get(lr) if len(tried) > 1 else None
+        edge = {tried[0]: "the smallest", tried[-1]: "the largest"}.get(lr)
+        edge = "the only one" if len(tried) == 1 else edge
         said.append(f"{ARMS[source]} {lr:g}" + (f" ({edge} tried: a better one may lie beyond)" if edge else ""))
     recipes = dict.fromkeys(str(run.raw.get("recipe")) for run in setting.runs)
     return f"Chosen rates: {', '.join(said)}. Recipe {', '.join(recipes)}."
