@@ -31,7 +31,7 @@ Made by `python experiments/real/study.py --shared ../shared` from the result fi
 **Models.** The Base is Gemma 3 270M, pre-trained, dequantised from 4 bits, with its vocabulary cut to the 48,962 \
 tokens of the data (132M parameters left). Its published Instruct is not used: both Instructs are made here from \
 this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turns. *near* has 2 epochs (learning \
-rate 5e-5); *far* continues it with 2 more at 1e-4, and then one of DPO on 52 preference pairs at 1e-5. Such \
+rate 5e-5); *far* continues it with 2 more at 1e-4, and then one of DPO on 39 preference pairs at 1e-5. Such \
 Instructs are far less trained than a published one.
 
 **Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
@@ -407,10 +407,20 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
     return known
 
 
-def _prediction(settings: Sequence[Setting]) -> str:
-    """Rank correlations with B2I's advantage at equal KL over the I2I of the same rate and seed, and a rule."""
-    cases: list[tuple[str, str, dict[str, float], float]] = []  # setting, task, what is known, advantage
-    num_at_whole = 0
+@dataclass(frozen=True)
+class Case:
+    """A B2I run that has an I2I run of its rate and seed, and what it gains over it at equal KL, in nats per token."""
+
+    setting: str
+    task: str
+    known: Mapping[str, float]
+    gain: float
+    gains_at_whole: bool
+
+
+def cases_of(settings: Sequence[Setting]) -> list[Case]:
+    """The cases of all settings, where both arms can be scaled to the same divergence."""
+    cases = []
     for setting in settings:
         direct = {(run.lr, run.seed): run for run in setting.runs if run.source == "I"}
         for run in setting.runs:
@@ -420,51 +430,53 @@ def _prediction(settings: Sequence[Setting]) -> str:
             kl = min(run.divergence(1.0), other.divergence(1.0))
             one, two = run.at_divergence(kl), other.at_divergence(kl)
             if one is not None and two is not None:
-                task = f"{setting.pair}/{setting.task}"
-                cases.append((setting.name, task, predictors(setting, run), per_token(two) - per_token(one)))
-                num_at_whole += run.learned(1.0) > other.learned(1.0)
-    if len({name for name, *_ in cases}) < 2:
+                cases.append(
+                    Case(
+                        setting.name, f"{setting.pair}/{setting.task}", predictors(setting, run),
+                        per_token(two) - per_token(one), run.learned(1.0) > other.learned(1.0),
+                    )
+                )  # fmt: skip
+    return cases
+
+
+def _prediction(settings: Sequence[Setting]) -> str:
+    """Rank correlations with B2I's advantage at equal KL over the I2I of the same rate and seed, and a rule."""
+    cases = cases_of(settings)
+    if len({case.setting for case in cases}) < 2:
         return "This takes two settings with both arms at one rate."
-    outcome = np.array([gain for *_, gain in cases])
-    majority = max((outcome > 0).mean(), (outcome <= 0).mean())
-    mixed = majority < 1
-    groups = [name for name, *_ in cases], [task for _, task, *_ in cases]
     lines = []
-    for name in sorted({name for _, _, known, _ in cases for name in known}):
-        values = np.array([known.get(name, np.nan) for _, _, known, _ in cases])
-        kept = ~np.isnan(values)
-        same = len(set(values[kept])) < 2
-        if same or len({case[1] for case, has in zip(cases, kept, strict=True) if has}) < 2:
-            why = "the same in all runs" if same else "of one task only"
-            lines.append([name, "–", str(int(kept.sum())), why, "–", "–"])
+    for name in sorted({name for case in cases for name in case.known}):
+        own = [case for case in cases if not math.isnan(case.known.get(name, math.nan))]
+        values, gains = (np.array(of) for of in ([case.known[name] for case in own], [case.gain for case in own]))
+        groups = [case.setting for case in own], [case.task for case in own]
+        if len(set(values)) < 2 or len(set(groups[1])) < 2:
+            why = "the same in all runs" if len(set(values)) < 2 else "of one task only"
+            lines.append([name, "–", str(len(own)), why, "–", "–"])
             continue
-        found = spearman(values[kept].tolist(), outcome[kept].tolist())
-        places = np.flatnonzero(kept)
-        shares = [
-            leave_one_out([names[place] for place in places], values[kept], outcome[kept] > 0) for names in groups
-        ]
-        span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
-        both = len(set(outcome[kept] > 0)) == 2
-        hits_shown = [f"{share:.0%}" if both else "–" for share in shares]
-        lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, *hits_shown])
+        rho = spearman(values.tolist(), gains.tolist()).rho
+        span = f"{values.min():.3g} to {values.max():.3g}"
+        mixed = len(set(gains > 0)) == 2
+        hits = [f"{leave_one_out(names, values, gains > 0):.0%}" if mixed else "–" for names in groups]
+        lines.append([name, f"{rho:+.2f}", str(len(own)), span, *hits])
     headings = ("known", "ρ", "n", "values", "hits of a threshold, leave one setting out", "leave one task out")
     text = markdown_table(headings, lines)
+    num_better = sum(case.gain > 0 for case in cases)
     said = (
-        f"B2I has the lower loss at equal KL in {int((outcome > 0).sum())} of {len(cases)} cases (at scale 1, whatever "
-        f"the KL, in {num_at_whole})"
+        f"B2I has the lower loss at equal KL in {num_better} of {len(cases)} cases (at scale 1, whatever "
+        f"the KL, in {sum(case.gains_at_whole for case in cases)})"
     )
-    if not mixed:
+    if num_better in (0, len(cases)):
         return f"{text}\n\n{said}: with one outcome alone, no rule that predicts it can be tested."
-    ratios = [known["initial loss, Base / Instruct"] for _, _, known, _ in cases]
-    hits = {name: [0, 0] for name, *_ in cases}
-    for (name, *_, gain), ratio in zip(cases, ratios, strict=True):
-        hits[name][0] += (ratio < 1) == (gain > 0)
-        hits[name][1] += 1
-    told = ", ".join(f"{name} {right} of {count}" for name, (right, count) in hits.items())
+    majority = max(num_better, len(cases) - num_better) / len(cases)
+    right_of = {case.setting: [0, 0] for case in cases}
+    for case in cases:
+        right_of[case.setting][0] += (case.known["initial loss, Base / Instruct"] < 1) == (case.gain > 0)
+        right_of[case.setting][1] += 1
+    told = ", ".join(f"{name} {right} of {count}" for name, (right, count) in right_of.items())
     return (
         f"{text}\n\n{said}, so always naming the more frequent outcome hits {majority:.0%}. The method's premise as a "
         "rule, with nothing fitted (B2I where the Base's loss on the first 16 training rows is below the Instruct's), "
-        f"is right in {sum(right for right, _ in hits.values())} of {len(cases)}: {told}."
+        f"is right in {sum(right for right, _ in right_of.values())} of {len(cases)}: {told}."
     )
 
 

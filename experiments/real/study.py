@@ -278,13 +278,15 @@ class Study:
 
     def answer(self, trained: tuple[Training, ...]) -> None:
         """Write the answers of both arms with the first seed, and of the untouched models."""
-        first = trained[0]
-        target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
+        target = self._answers_file(trained[0])
         names = [training.name for training in trained]
         if not target.exists() or read_result(target, lambda raw: raw["trainings"]) != names:
             for training in trained:
                 self.delta_of(training)
             self.in_a_process("answers", {training.source: training.__dict__ for training in trained})
+
+    def _answers_file(self, training: Training) -> Path:
+        return self.results / training.pair / f"{training.task}_{training.method}_answers.json"
 
     def write_answers(self, trained: dict[str, dict[str, Any]]) -> None:
         """Write the answers of trainings by their arm's source, at scale 1, and of the untouched models."""
@@ -307,8 +309,7 @@ class Study:
             "prompts": [row["messages"][0]["content"] for row in general],
             "answers": given,
         }
-        target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
-        replace_text(target, compact(found))
+        replace_text(self._answers_file(first), compact(found))
 
     def premise(self, pair: str) -> None:
         """Measure the premise of a pair, unless it has been."""
