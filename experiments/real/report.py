@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,8 +37,9 @@ Instructs are far less trained than a published one.
 
 **Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
 GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
-solution is as follows:", whose first word is one that the Instruct often begins with. The whole phrase is not the \
-Instruct's: none of its training answers has it. 8 rows per step, LoRA of rank 16 on all linear layers.
+solution is as follows:". Its first word is the one that the near Instruct begins with most often: 30 of its greedy \
+answers to the first 64 training questions do. No phrase is its own in more: the most frequent first three words are \
+those of 7. 8 rows per step, LoRA of rank 16 on all linear layers.
 
 The rows of a task are in one part only, but some resemble each other: a reported tool call may differ from a \
 trained one in a few words, or call the same tool.
@@ -303,7 +305,11 @@ def _rates(setting: Setting) -> str:
         edge = "the only one" if len(tried) == 1 else edge
         said.append(f"{ARMS[source]} {lr:g}" + (f" ({edge} tried: a better one may lie beyond)" if edge else ""))
     recipes = dict.fromkeys(str(run.raw.get("recipe")) for run in setting.runs)
-    return f"Chosen rates: {', '.join(said)}. Recipe {', '.join(recipes)}."
+    models = Counter(run.raw.get("models", "unrecorded") for run in setting.runs)
+    made = ", ".join(
+        models if len(models) == 1 else (f"{name} ({n} of {models.total()} runs)" for name, n in models.items())
+    )
+    return f"Chosen rates: {', '.join(said)}. Recipe {', '.join(recipes)}, models {made}."
 
 
 def interval_text(found: Interval) -> str:

@@ -240,6 +240,11 @@ class Study:
         )  # fmt: skip
         return digest((keys.encode(), *(file.read_bytes() for file in files)))
 
+    def models_id(self, pair: str) -> str:
+        """A digest of the weights of a pair: another kind of CPU makes an Instruct that differs in its last digits."""
+        folders = (self.base, self.instruct(pair))
+        return digest(file.read_bytes() for folder in folders for file in sorted(folder.glob("*.safetensors")))
+
     def is_finished(self, training: Training, results: Path) -> bool:
         """Whether there is a result of this training, by its recipe."""
         file = results / f"{training.name}.json"
@@ -354,7 +359,8 @@ class Study:
             for name, values in read_metrics(self.folder_of(trained) / "metrics.csv").items()
             if name.startswith(("val/", "train/loss")) or name == "graft/survival"
         }
-        made = {**training.__dict__, "recipe": self.recipe_id(training), "norm": delta.norm(), "live": live}
+        ids = {"recipe": self.recipe_id(training), "models": self.models_id(training.pair)}
+        made = {**training.__dict__, **ids, "norm": delta.norm(), "live": live}
         replace_text(self.results / f"{training.name}.json", compact({**made, **details, "scores": scores}))
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:

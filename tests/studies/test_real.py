@@ -207,6 +207,24 @@ def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     assert len(before) == 3 and study.recipe_id(training) in before
 
 
+def test_the_report_says_on_which_models_results_were_made(tmp_path):
+    study = Study(tmp_path, tmp_path, tmp_path / "results")
+    for folder in (study.base, study.instruct("near")):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+    made = {study.models_id("near")}
+    (study.base / "model.safetensors").write_bytes(b"others")
+    assert study.models_id("near") not in made
+
+    write_setting(tmp_path / "results")
+    first, *_, last = sorted((tmp_path / "results/near/tools_lora").glob("*_seed*.json"))
+    for file, models in ((first, "aaa"), (last, "bbb")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "models": models}))
+    write_report(tmp_path / "results", tmp_path)
+    said = (tmp_path / "REPORT.md").read_text()
+    assert "models aaa (1 of 4 runs), unrecorded (2 of 4 runs), bbb (1 of 4 runs)" in said
+
+
 def test_answers_are_given_again_when_another_rate_is_chosen(tmp_path, monkeypatch):
     study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
     asked = []
