@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from shadowlit.grafting.adapter import (
     require_graftable,
     starts_from_weights,
 )
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.lora_files import LoraUpdate
 from shadowlit.grafting.update import UNGATHERED, FromBase, Rows, Update, no_elements
 
@@ -136,6 +137,8 @@ class MergedUpdate(FromBase):
         found = sorted({*self._layers, *self._whole} - wrong.keys())
         self.shapes: Mapping[str, tuple[int, ...]] = {name: base.tensors[name].shape for name in found}
         self._update = lru_cache(maxsize=2)(self._merged)
+        products = {name: layer.factors(lambda factor: factor) for name, layer in self._layers.items()}
+        self._factored = {n: partial(_itself, x) for n, x in products.items() if x is not None and n not in self._whole}
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """See :class:`shadowlit.grafting.update.Update`."""
@@ -143,6 +146,11 @@ class MergedUpdate(FromBase):
         if name in self._whole:
             total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
         return total + self._update(name)[start:stop].numpy() if name in self._layers else total
+
+    @property
+    def factored(self) -> Mapping[str, Callable[[], Factors]]:
+        """See :class:`shadowlit.grafting.update.Update`: LoRA's next to trained biases or tokens."""
+        return self._factored
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`shadowlit.grafting.update.Update`; the Base's tensors are checked."""
@@ -243,6 +251,10 @@ _OF_OTHER_MODULES = (
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
     "trainable_token_indices", "base_model_name_or_path", "task_type",
 )  # fmt: skip
+
+
+def _itself(factors: Factors) -> Factors:
+    return factors
 
 
 def _within(root: nn.Module, path: str) -> nn.Module:

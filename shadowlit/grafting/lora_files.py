@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -166,9 +166,20 @@ class LoraUpdate(FromBase):
 
     @property
     def factored(self) -> Mapping[str, Callable[[], Factors]]:
-        """See :class:`Update`; experts' factors are not among them, nor what the adapter also stores whole."""
-        plain = (n for n, found in self._factors.items() if found.part is None and n not in self._whole)
+        """See :class:`Update`; experts' factors are not among them, nor what the adapter has also learned whole."""
+        plain = (n for n, found in self._factors.items() if found.part is None and n not in self._learned_whole)
         return {name: partial(self._read_factors, name) for name in plain if name in self.shapes}
+
+    @cached_property
+    def _learned_whole(self) -> frozenset[str]:
+        """What the adapter stores whole, without the Base's own values: peft stores an embedding that it adapts."""
+        headers = described(self.shapes)
+
+        def is_learned(name: str) -> bool:
+            rows = partial(self._reader.rows, self._whole[name]), partial(self._base.rows, name)
+            return any(np.any(rows[0](*window) != rows[1](*window)) for window in row_windows(headers[name]))
+
+        return frozenset(name for name in self._whole.keys() & self.shapes.keys() if is_learned(name))
 
     def _read_factors(self, name: str) -> Factors:
         found = self._factors[name]

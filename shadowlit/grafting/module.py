@@ -261,7 +261,8 @@ class ModuleGraft:
         collective. See :meth:`shadowlit.grafting.update.Update.fingerprint`.
         """
         assert not self.fitted
-        updates = self._updates(factored=True, variant=None)
+        # On tuned weights it is a sum, also where these are the Base's.
+        updates = self._updates(factored=not self._on_tuned, variant=None)
         named = [(name, name if host is None else host) for name, host in sorted(self._named_in_files())]
         chosen = [(name, of) for name, of in named if of in updates]
 

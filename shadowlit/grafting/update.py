@@ -70,8 +70,8 @@ class Update:
     def fingerprint(self, names: Iterable[str]) -> str:
         """Return a sha256 that recognises what was learned of these tensors, before any transform.
 
-        It is :meth:`shadowlit.checkpoint.reader.TensorReader.fingerprint` of the update as a delta stores it: products
-        as their factors in float32, everything else in bfloat16.
+        It is :meth:`shadowlit.checkpoint.reader.TensorReader.fingerprint` of products as their factors in float32, and
+        everything else in bfloat16: the update as a delta stores it, unless a factor is larger than the product.
         """
         chosen, factored = sorted(names), self.factored
 

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.cli.main import main
@@ -16,7 +18,8 @@ from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import Scale
 from shadowlit.grafting.factors import Factors
-from tests.grafting.test_live import open_graft
+from shadowlit.grafting.manifest import read_manifest
+from tests.grafting.test_live import load, open_graft, train_a_bit
 from tests.grafting.test_transformed import make
 from tests.tiny import save_pair
 
@@ -61,6 +64,17 @@ def test_a_delta_has_that_of_its_files(tmp_path):
     assert (2 * delta).fingerprint("abc") != delta.fingerprint("abc")
 
 
+def test_of_a_stored_product_that_is_rounded_it_is_another_one(tmp_path):
+    """Factors that are larger than their matrix are stored as the matrix in bfloat16."""
+    up, down = torch.ones(4, 3), torch.linspace(0.1, 1, 12).reshape(3, 4)
+    delta = Delta(
+        {"a": (4, 4)}, lambda _, start, stop: (up @ down)[start:stop], factored={"a": lambda: Factors(up, down)}
+    )
+    delta.save(tmp_path / "delta")
+    stored = Delta.open(tmp_path / "delta")
+    assert not stored.factored and stored.fingerprint("a") != delta.fingerprint("a")
+
+
 def test_a_transform_does_not_change_it():
     delta, _ = factored()
     mapped = delta.map([{"name": "magnitude", "density": 0.5}])
@@ -79,6 +93,27 @@ def test_it_is_the_same_in_a_training_and_on_disk(tmp_path, arch, kind):
     names = live.in_files(dict.fromkeys(live.grafted_parameters, 1.0))
     model.save_pretrained(tmp_path / "tuned")
     with plan_graft(folders[0], tmp_path / "tuned", folders[1], transforms=DARE) as (plan, _):
+        assert plan.selected == names.keys() and live.fingerprint() == plan.update.fingerprint(names)
+
+
+@pytest.mark.parametrize(("arch", "options"), [
+    ("qwen3", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),  # peft stores the embedding too
+    ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}),
+    ("qwen3", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
+    ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("qwen3", {"target_modules": "all-linear", "use_dora": True}),
+    ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+])  # fmt: skip
+def test_products_are_known_in_a_training_and_on_disk_alike(tmp_path, arch, options):
+    """Of every kind of LoRA; where only one of the two knew the factors, scales of the same update were refused."""
+    warnings.simplefilter("ignore")
+    folders = save_pair(tmp_path, arch, tied=False)
+    model = load(folders[0], LoraConfig(r=4, **options))
+    train_a_bit(model)
+    live = open_graft(model, folders, select="all")
+    names = live.in_files(dict.fromkeys(live.grafted_parameters, 1.0))
+    model.save_pretrained(tmp_path / "tuned")
+    with plan_graft(folders[0], tmp_path / "tuned", folders[1], select="all") as (plan, _):
         assert plan.selected == names.keys() and live.fingerprint() == plan.update.fingerprint(names)
 
 
@@ -145,8 +180,50 @@ def test_scales_without_their_update_are_used_with_a_warning(tmp_path, folders, 
     with caplog.at_level(logging.WARNING):
         graft(folders[0], tuned[1], folders[1], tmp_path / "out", scale=scale)
     assert "doesn't say to which update its scales were fitted" in caplog.text
-    with pytest.raises(GraftError, match="can't be read"):
-        Scale.parse(scales_file(tmp_path, folders, tuned[0], update="abc"))
+
+
+WRONG = {
+    "not a finite number": [
+        '{"tensors": {"a": NaN}}', '{"tensors": {"a": 1e400}}', '{"tensors": {"a": "0.5"}}', '{"tensors": {"a": true}}',
+        '{"tensors": {"a": null}}', '{"tensors": {"a": [1]}}', f'{{"tensors": {{"a": 1{"0" * 400}}}}}',
+        '{"tensors": {}}',
+    ],
+    "KeyError: 'tensors'": ['{"scales": {"a": 1}}'],
+    "AttributeError": ['{"tensors": ["a"]}'],
+    "JSONDecodeError": ["", '{"tensors": {"a": 1'],
+    "RecursionError": ["[" * 100_000],
+    "TypeError": ["[]", "1", '{"tensors": {"a": 1}, "update": "x"}', '{"tensors": {"a": 1}, "update": false}'],
+    "KeyError: 'fingerprint'": ['{"tensors": {"a": 1}, "update": {}}'],
+    "KeyError: 'transforms'": ['{"tensors": {"a": 1}, "update": {"fingerprint": "x"}}'],
+    "'update' has a fingerprint that is no text": [
+        f'{{"tensors": {{"a": 1}}, "update": {update}}}'
+        for update in (
+            '{"fingerprint": null, "transforms": []}', '{"fingerprint": 5, "transforms": []}',
+            '{"fingerprint": "x", "transforms": {}}', '{"fingerprint": "x", "transforms": [], "instruct": 5}',
+        )
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "content"), [(problem, each) for problem in WRONG for each in WRONG[problem]])
+def test_a_file_of_scales_is_read_strictly(tmp_path, problem, content):
+    """Nothing is taken for a number or a fingerprint that is none."""
+    (tmp_path / "s.json").write_text(content)
+    with pytest.raises(GraftError, match=r"which can't be read .*expected a JSON file whose 'tensors'.*Give") as error:
+        Scale.parse(str(tmp_path / "s.json"))
+    assert problem in str(error.value)
+
+
+def test_scales_on_another_instruct_are_reported(tmp_path, folders, tuned, caplog):
+    """The update is the same, but what its scales were fitted on is not."""
+    scale = Path(scales_file(tmp_path, folders, tuned[0]))
+    content = json.loads(scale.read_text())
+    for folder, told in ((folders[1], False), (folders[0], True)):
+        with CheckpointReader(folder) as reader:
+            content["update"]["instruct"] = reader.fingerprint()
+        scale.write_text(json.dumps(content))
+        graft(folders[0], tuned[0], folders[1], tmp_path / f"{told}", scale=str(scale))
+        assert ("fitted on another Instruct than" in caplog.text) == told
 
 
 def test_scales_can_be_applied_to_the_stored_delta(tmp_path, folders, tuned, capsys):
@@ -158,5 +235,6 @@ def test_scales_can_be_applied_to_the_stored_delta(tmp_path, folders, tuned, cap
     for name, code in (("delta", 0), ("scaled", 1)):
         sides = map(str, (tmp_path / name, folders[1], tmp_path / f"{name}-out"))
         assert main(["delta", "apply", *sides, "--scale", scale]) == code
+    assert set(read_manifest(tmp_path / "delta-out")["config"]["scales"].values()) == {0.5}
     told = " ".join(capsys.readouterr().err.split())
     assert "fitted to another update" in told and "remove 'update' from the file" in told
