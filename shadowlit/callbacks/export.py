@@ -222,7 +222,8 @@ class ExportCallback(Callback):
             lines = [*self._fitted.lines, *lines]
             fitted, transforms = self._fitted, self._graft.transforms_of(subject).specs
             by_file = graft.in_files(graft.fitted)
-            on_first_rank(partial(write_scales, target, fitted.found, by_file, fitted.update, transforms))
+            instruct = self._graft.fingerprints["instruct"]
+            on_first_rank(partial(write_scales, target, fitted.found, by_file, fitted.update, transforms, instruct))
         self._graft.exported = [*([] if choice is None else [choice.line]), *lines]
 
     def _choose(self, trainer: Trainer, is_scored: bool) -> tuple[Subject, Choice | None]:

@@ -57,7 +57,12 @@ class FittedGraft:
 
 
 def write_scales(
-    folder: Path, found: FittedScales, by_file: Mapping[str, float], update: str, transforms: Sequence[Any]
+    folder: Path,
+    found: FittedScales,
+    by_file: Mapping[str, float],
+    update: str,
+    transforms: Sequence[Any],
+    instruct: str,
 ) -> None:
     """Write scales to a folder, by the names of the files' tensors, and a heat map if there are layers.
 
@@ -67,8 +72,9 @@ def write_scales(
         by_file: Scale of each tensor.
         update: Fingerprint of what was learned of these tensors.
         transforms: Names and parameters of the update's transforms.
+        instruct: Fingerprint of the Instruct that they were fitted on.
     """
-    fitted_to = {"fingerprint": update, "transforms": transforms}
+    fitted_to = {"fingerprint": update, "transforms": transforms, "instruct": instruct}
     content = {**found.about, "history": found.history, "update": fitted_to, "tensors": by_file}
     replace_text(folder / SCALES_FILE, f"{json.dumps(content, indent=2)}\n")
     if found.groups == EVERYTHING:

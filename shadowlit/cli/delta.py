@@ -231,7 +231,8 @@ def apply(
         delta: Folder of a delta.
         instruct: Folder or hub id of the model that gets the delta; it must have the delta's architecture.
         out: Folder to create. It is written atomically.
-        scale: Scale of the delta, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        scale: Scale of the delta, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'; or a scales.json
+            whose scales were fitted to it.
         select: Tensors of the delta that are added: linear (every linear layer except the output head), all, or regular
             expressions. Tensors that the delta doesn't hold stay as they are.
         dtype: Dtype of the result; auto for the Instruct's own.
@@ -255,7 +256,7 @@ def apply(
             "select": select,
             "dtype": wanted,
             "coverage": plan.coverage,
-            "config": {"scale": scale, "delta": delta},
+            "config": {"scale": scale, "delta": delta, **({"scales": scales.by_name} if scales.by_name else {})},
             "versions": versions(),
         }
         write(plan, lambda: manifest, out, parse_bytes(shard_size), files_from, dry_run)

@@ -14,7 +14,7 @@ from shadowlit.checkpoint.folder import require_room
 from shadowlit.delta.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft, Scale, describe_shares
-from shadowlit.grafting.manifest import add_to_manifest
+from shadowlit.grafting.manifest import plain
 from shadowlit.grafting.scales import FitScales, FittedScales
 from shadowlit.pair.pair import ModelPair
 from shadowlit.progress import make_console, progress_bar
@@ -73,16 +73,18 @@ def graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle,
         transforms=transforms, key="--transforms", allow_zero=allow_zero,
     ) as (plan, manifest):  # fmt: skip
-        found = None
+        found, stated = None, manifest
         if fit_scales is not None and not dry_run:
             found = _fit(plan, ModelPair(base, instruct), fit_scales, Scale.parse(scale), out)
-        write(plan, manifest, out, parse_bytes(shard_size), files_from, dry_run)
+            fitted = {"fitted_scales": plain(found.about)}
+            stated = lambda: {**manifest(), **fitted}  # noqa: E731
+        write(plan, stated, out, parse_bytes(shard_size), files_from, dry_run)
         if found is not None:
             from shadowlit.callbacks.fit_scales import write_scales  # late, since torch takes seconds
 
-            add_to_manifest(Path(out), {"fitted_scales": found.about})
             update = plan.update.fingerprint(found.by_tensor)
-            write_scales(Path(out), found, found.by_tensor, update, plan.update.transforms)
+            on = plan.instruct.fingerprint()
+            write_scales(Path(out), found, found.by_tensor, update, plan.update.transforms, on)
     if not dry_run:
         make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
 

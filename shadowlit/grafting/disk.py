@@ -63,14 +63,16 @@ class FittedTo:
         file: The file.
         fingerprint: Fingerprint of what was learned of the file's tensors, :meth:`Update.fingerprint`.
         transforms: Names and parameters of the transforms that the update had.
+        instruct: Fingerprint of the Instruct that they were fitted on, if the file has it.
     """
 
     file: Path
     fingerprint: str
     transforms: Sequence[Mapping[str, Any]]
+    instruct: str | None = None
 
-    def require(self, update: Update, names: Iterable[str]) -> None:
-        """Raise a GraftError if an update is another one."""
+    def require(self, update: Update, names: Iterable[str], instruct: TensorReader) -> None:
+        """Raise a GraftError if an update is another one; warn if the Instruct is, such as its next version."""
         if list(self.transforms) != list(update.transforms):
             fitted, here = (json.dumps(list(one)) for one in (self.transforms, update.transforms))
             raise GraftError(
@@ -85,6 +87,11 @@ class FittedTo:
                 "its exported adapter nor its delta, which have the scales already. To use them for this update all "
                 "the same, remove 'update' from the file."
             )
+        if self.instruct not in (None, instruct.fingerprint()):
+            log.warning(
+                "scale: the scales of %s were fitted on another Instruct than %s; on this one they may not be the best",
+                self.file, instruct.folder,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,20 +143,34 @@ def _read_scales(file: Path) -> Scale:
     """The scales of tensors in a JSON file, and the update that they were fitted to."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = {str(name): float(scale) for name, scale in content["tensors"].items()}
-        update = content.get("update")
-        fitted_to = None if update is None else FittedTo(file, str(update["fingerprint"]), list(update["transforms"]))
-        if found and all(map(math.isfinite, found.values())):
-            if fitted_to is None:
-                log.warning("scale: %s doesn't say to which update its scales were fitted; this is not checked", file)
-            return Scale(by_name=found, fitted_to=fitted_to)
-        problem = "no scale, or one that is not finite"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = first_line(error)
-    raise GraftError(
-        f"scale is {file}, which can't be read ({problem}); expected a JSON file whose 'tensors' are finite numbers by "
-        "the names of tensors, such as the scales.json of an export with graft.fit_scales."
-    )
+        found, update = content["tensors"], content.get("update")
+        if not (found and all(map(_is_finite_number, found.values()))):
+            raise ValueError("'tensors' has no scale, or one that is not a finite number")
+        fitted_to = None if update is None else _read_fitted_to(file, update)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise GraftError(
+            f"scale is {file}, which can't be read ({first_line(error)}); expected a JSON file whose 'tensors' are "
+            "finite numbers by the names of tensors, and whose 'update', if it has one, has a 'fingerprint' and "
+            "'transforms', such as the scales.json of an export with graft.fit_scales. Give that file."
+        ) from None
+    if fitted_to is None:
+        log.warning("scale: %s doesn't say to which update its scales were fitted; this is not checked", file)
+    return Scale(by_name={name: float(scale) for name, scale in found.items()}, fitted_to=fitted_to)
+
+
+def _is_finite_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number, and no text or truth value, that a float can hold."""
+    with suppress(OverflowError):  # of an integer
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return False
+
+
+def _read_fitted_to(file: Path, update: Any) -> FittedTo:
+    """The update that a file names; a ValueError if it is not one."""
+    fingerprint, transforms, instruct = update["fingerprint"], update["transforms"], update.get("instruct")
+    if not (isinstance(fingerprint, str) and isinstance(transforms, list) and isinstance(instruct, str | None)):
+        raise ValueError("'update' has a fingerprint that is no text, or transforms that are no list")
+    return FittedTo(file, fingerprint, transforms, instruct)
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -287,7 +308,7 @@ class DiskGraft:
                     "selection."
                 )
         if scale.fitted_to is not None:
-            scale.fitted_to.require(self.update, scale.by_name)
+            scale.fitted_to.require(self.update, scale.by_name, self.instruct)
         self._scale = scale
 
     @cached_property
