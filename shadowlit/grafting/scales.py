@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -38,6 +38,7 @@ OUTSIDE = "other"
 EVERYTHING = "all"
 """The rule by which all tensors have one scale, and the name of their group."""
 _BETAS, _EPS = (0.9, 0.999), 1e-12
+_FAR = 0.9  # of the reach: the best scale may lie beyond
 
 
 @dataclass
@@ -61,7 +62,7 @@ class FitScales:
         data: Source of the calibration rows, as for training, which neither trains nor validates.
         groups: Groups that have a scale each: decoder layers (layer; other for what is outside of them), kinds of
             tensors (kind: q_proj, k_proj, …), single tensors (tensor; a bias belongs to its weight), or one group of
-            everything (all: the best single scale).
+            everything (all: a single scale).
         steps: Number of Adam steps, each a forward and a backward pass over all calibration rows.
         lr: Size of the first step; it falls to zero along a line.
         pull: Weight of the mean squared distance of the scales from the one that the graft has otherwise; at least 0.
@@ -78,7 +79,11 @@ class FitScales:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise if a number is out of its range."""
+        """Raise if the groups are unknown or a number is out of its range."""
+        if self.groups not in get_args(Grouping):
+            raise GraftError(
+                f"fit_scales.groups is {self.groups!r}; expected one of {', '.join(get_args(Grouping))}. Choose one."
+            )
         weight = 1.0 if self.keep is None else self.keep.weight
         numbers = [self.lr, weight, self.pull]
         if self.steps < 1 or not all(map(math.isfinite, numbers)) or min(self.lr, weight) <= 0 or self.pull < 0:
@@ -127,6 +132,7 @@ class FittedScales:
         start: Scale that all of them started from.
         step: Step after which the scales were the best, 0 for the start.
         history: ``loss``, ``kl`` and ``objective`` before the first step and after each.
+        reach: How far the steps can move a scale, ``Σ lr (1 − step / steps)``.
     """
 
     groups: str
@@ -135,6 +141,7 @@ class FittedScales:
     start: float
     step: int
     history: list[dict[str, float]]
+    reach: float = math.inf
 
     @property
     def line(self) -> str:
@@ -148,6 +155,12 @@ class FittedScales:
         line = f"scales: {found}, {values}: calibration loss {number(before['loss'])} → {number(after['loss'])}"
         if any(entry["kl"] for entry in self.history):
             line += f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}"
+        far = sum(abs(scale - self.start) > _FAR * self.reach for scale in self.scales.values())
+        if far:
+            steps = counted(len(self.history) - 1, "step")
+            line += (
+                f"; {far} of {len(self.scales)} as far from {self.start:g} as {steps} can move them: raise steps or lr"
+            )
         return line
 
     @property
@@ -219,4 +232,5 @@ def fit(
         scales = scales.astype(np.float32).astype(np.float64)  # float32 multiplies the update by what is stored
     best = min(range(len(history)), key=lambda step: history[step]["objective"])
     by_tensor = {name: visited[best][group] for name, group in by_name.items()}
-    return FittedScales(options.groups, visited[best], by_tensor, start, best, history)
+    reach = options.lr * (options.steps + 1) / 2
+    return FittedScales(options.groups, visited[best], by_tensor, start, best, history, reach)

@@ -65,6 +65,16 @@ def test_one_scale_for_everything_is_reported_as_one():
     assert fitted.line.startswith("scales: one for all tensors, 0.700: calibration loss 0.04500 → ")
 
 
+def test_scales_that_the_steps_could_not_move_further_are_reported():
+    """Of minima at 0.7, which 20 steps of 0.05 · (1 − step / 20) reach, and 3, which they don't: Σ = 0.525."""
+    best = {"layer_00": 0.7, "layer_01": 3.0, "other": 1.0}
+    fitted = fit(quadratic(best), NAMES, FitScales("x", pull=0))
+    assert fitted.reach == pytest.approx(sum(0.05 * (1 - step / 20) for step in range(20)))
+    assert fitted.scales["layer_01"] == pytest.approx(1.525, abs=0.01)
+    assert fitted.line.endswith("; 1 of 3 as far from 1 as 20 steps can move them: raise steps or lr")
+    assert "as far" not in fit(quadratic(best), NAMES, FitScales("x", steps=100, pull=0)).line
+
+
 def test_the_best_visited_scales_are_the_result():
     """A loss that any change makes worse leaves the start, although the steps were taken."""
 
@@ -89,7 +99,7 @@ def test_a_loss_that_is_not_finite_is_an_error(loss):
 
 @pytest.mark.parametrize("wrong", [
     {"steps": 0}, {"lr": 0}, {"pull": -1}, {"keep": Keep("y", 0)}, {"keep": Keep("y", math.inf)}, {"batch_size": 0},
-    {"keep": Keep("x")},
+    {"keep": Keep("x")}, {"groups": "layers"},
 ])  # fmt: skip
 def test_options_out_of_range_are_errors(wrong):
     with pytest.raises(GraftError, match="fit_scales"):
