@@ -28,8 +28,8 @@ ANCHORS: dict[str, dict[str, float]] = {
     "I_kl": {"instruct": 1.0, "kl": 1.0},
 }
 """``model.anchors`` by name of the arm; ``kl`` is its weight, on the rows that the study keeps."""
-_KEPT = 24  # rows of what should be kept, in the fit of scales
-_VOTES = 31  # rows that vote on the signs of GradFix, the default of graft.variants
+_KEPT = 24  # rows of what should be kept, in the fit of scales: the first ones
+_VOTES = 31  # rows that vote on the signs of GradFix at most, the default of graft.variants
 
 
 class Given(NamedTuple):
@@ -58,7 +58,7 @@ def _fitted(groups: Any) -> Change:
         both = (given.rows, given.kept)
         samples, keep = ([{"input_ids": r.input_ids, "labels": r.labels} for r in some] for some in both)
         options = FitScales("", groups=groups, keep=Keep("", weight=1.0))
-        fitted = fit_scales(given.scorer.model, delta, samples, options, keep)
+        fitted = fit_scales(given.scorer.model, delta, samples, options, keep, dtype=given.scorer.stored)
         update = {name: delta.tensor(name) * fitted.by_tensor[name] for name in delta.shapes}
         return Delta.of(update), {"scales": fitted.scales, "history": fitted.history}
 
@@ -67,7 +67,9 @@ def _fitted(groups: Any) -> Change:
 
 def _grad_fix(delta: Delta, given: Given) -> tuple[Delta, dict[str, Any]]:
     """The elements of the update that descend the Instruct's own loss on most rows (arXiv 2510.09658)."""
-    signs = signs_of(given.scorer.model, delta.shapes, given.rows[:_VOTES])
+    count = min(len(given.rows), _VOTES)
+    rows = given.rows[: count - (count % 2 == 0)]  # an odd number, since a tie would drop an element
+    signs = signs_of(given.scorer.model, delta.shapes, rows)
     return _measured({name: gradfix(delta.tensor(name), gradient_signs=signs.pop(name)) for name in delta.shapes})
 
 

@@ -34,22 +34,26 @@ Made by `python experiments/beyond/study.py` from the result files in `results/`
 **Arms.** B2I trains the Base and adds its update to the Instruct; I2I trains the Instruct. *anchors α* trains one \
 update on both, with weight α on the Instruct (`model.anchors`); *anchors late* has α = 0.5 in the last quarter of \
 the steps and 0 before; *with KL* adds the divergence from the Instruct on other rows at weight 1 \
-(`model.anchors.kl`). The others change the update of B2I, and train nothing: *best single scale*, *scales by layer* \
-and *by kind* are `graft.fit_scales` on the rows for choosing, with the divergence on some of those other rows at \
-weight 1; *GradFix* keeps the elements whose sign is that of a step down the Instruct's own gradient on the rows for \
-choosing (arXiv 2510.09658); *TIES* and *magnitude* keep the largest elements of each matrix, *DARE* random ones, \
-which it scales up; *SVD* cuts each matrix to its largest singular values. Arms without results are left out. \
+(`model.anchors.kl`). The others change the update of B2I at its rate, and train nothing: *one fitted scale*, *scales \
+by layer* and *by kind* are `graft.fit_scales` on the rows for choosing (in the style of the training), with the \
+divergence on the first 24 of those other rows at weight 1 (embedded pair: all of them questions that it could answer \
+before, and no formats or refusals); *GradFix* keeps the elements whose sign is that of a step down the Instruct's own \
+gradient on the rows for choosing, at most 31 (arXiv 2510.09658); *TIES* and *magnitude* keep the largest elements of \
+each matrix, and differ for a single update in how many; *DARE* keeps random ones, which it scales up; *SVD* cuts each \
+matrix to its largest singular values. Arms without results are left out. \
 Every update is scored at scales of 0.05 (real pair: 0.5) to 1.5.
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
 600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
 which both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows.
 
-**Scores.** Losses are nats per supervised token on 60 or 32 reported rows, which nothing was chosen or fitted on. \
+**Scores.** Losses are nats per supervised token on the reported rows, which nothing was chosen or fitted on (60 on \
+the embedded pair, 25 tool calls or 40 solutions on the real one). \
 *KL* is the divergence from the untouched Instruct on rows of what it could do before. *Equal KL* is the smaller of \
 the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the lowest loss on the rows for \
-choosing); every arm is scaled to it, and has the rate of three whose loss there is the lowest on the rows for \
-choosing. Between measured scales, losses are linear in the square root of the divergence. Values are means ± \
+choosing); every arm is scaled to it. Arms that are trained have the rate of three whose loss there is the lowest on \
+the rows for choosing, and changes of B2I's update that of B2I. Where a seed of an arm never diverges so far, it is \
+not compared. Between measured scales, losses are linear in the square root of the divergence. Values are means ± \
 standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread between seeds, \
 and not corrected for their number.
 """
@@ -59,13 +63,15 @@ How much lower an arm's loss is than that of B2I or I2I at equal KL, in nats per
 its α is in brackets.
 """
 _GAINS = """\
-How much lower the loss on the reported rows is than that of B2I at scale 1, and than that of the best single scale, \
-which is found by the same objective on the same rows: first with all updates as they were fitted, whose divergences \
-differ, and then at equal KL, where the best single scale is B2I itself.
+How much lower the loss on the reported rows is than that of B2I at scale 1, and than that of one fitted scale, which \
+is found by the same objective on the same rows in as many steps: first with all updates as they were fitted, whose \
+divergences differ, and then at equal KL, where one fitted scale is B2I itself, except for the scales between which \
+losses are interpolated. *Scales* are the smallest and the largest over all groups and seeds. 20 steps from 1 move a \
+scale to 0.475 or 1.525 at most, or a little further: the best ones may lie beyond, also the best single one.
 """
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
-    "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "best single scale",
+    "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "one fitted scale",
     "fitted_layer": "scales by layer", "fitted_kind": "scales by kind", "gradfix": "GradFix", "ties": "TIES (20 %)",
     "dare": "DARE (20 %)", "magnitude": "magnitude (10 %)", "svd8": "SVD (rank 8)",
 }  # fmt: skip
@@ -96,15 +102,16 @@ def rates_at_level(setting: Setting) -> dict[str, float]:
 
 
 def runs_of(setting: Setting, source: str) -> list[Run]:
-    """The runs of an arm at its rate, by seed; none of an arm that was not run."""
-    lr = rates_at_level(setting).get(source)
+    """The runs of an arm at its rate, by seed; none of an arm that was not run. B2I's changed update has B2I's rate."""
+    lr = rates_at_level(setting).get("B" if source in CHANGED else source)
     return sorted((r for r in setting.runs if r.source == source and r.lr == lr), key=lambda run: run.seed)
 
 
 def better_by(setting: Setting, source: str, than: str, *, as_it_is: bool = False) -> Interval | None:
     """How much lower the loss of an arm is than that of another, over the seeds of both.
 
-    Both are scaled to equal KL; or ``as_it_is``, at scale 1.
+    Both are scaled to equal KL; or ``as_it_is``, at scale 1. None if a seed of one never diverges so far: those that
+    do would be a selection.
     """
     kl = level(setting)
 
@@ -112,9 +119,9 @@ def better_by(setting: Setting, source: str, than: str, *, as_it_is: bool = Fals
         return run.path[1.0]["report"] if as_it_is else run.at_divergence(kl)
 
     others = {run.seed: rows_of(run) for run in runs_of(setting, than)}
-    pairs = [(rows_of(run), others.get(run.seed)) for run in runs_of(setting, source)]
+    pairs = [(rows_of(run), others[run.seed]) for run in runs_of(setting, source) if run.seed in others]
     found = [(one, two) for one, two in pairs if one is not None and two is not None]
-    return advantage(found) if found else None
+    return advantage(found) if found and len(found) == len(pairs) else None
 
 
 def best_anchors(setting: Setting) -> str | None:
@@ -169,20 +176,20 @@ def _overview(settings: Sequence[Setting], than: str) -> str:
 
 
 def _gains(settings: Sequence[Setting]) -> str:
-    """What scales by group gain over scale 1, and over the best single scale."""
+    """What fitted scales gain over scale 1, and those by group over a single one."""
     lines = []
     for setting in settings:
         for source in (arm for arm in CHANGED if arm.startswith("fitted_") and runs_of(setting, arm)):
-            single = [run.raw["scales"]["all"] for run in runs_of(setting, source)] if source == "fitted_all" else []
+            scales = [scale for run in runs_of(setting, source) for scale in run.raw["scales"].values()]
             gains = [
                 _text(better_by(setting, source, than, as_it_is=as_it_is)) if source != than else NONE
                 for as_it_is in (True, False)
                 for than in ("B", "fitted_all")
             ]
-            lines.append([setting.name, NAMES[source], shown(single) if single else NONE, *gains])
+            lines.append([setting.name, NAMES[source], f"{min(scales):.3f} to {max(scales):.3f}", *gains])
     headings = (
-        "setting", "scales", "single scale", "lower than at scale 1 by", "than at the best single scale by",
-        "at equal KL: than B2I by", "than the best single scale by",
+        "setting", "arm", "scales", "lower than at scale 1 by", "than one fitted scale by",
+        "at equal KL: than B2I by", "than one fitted scale by",
     )  # fmt: skip
     return markdown_table(headings, lines)
 

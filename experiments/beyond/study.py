@@ -29,9 +29,10 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
 from experiments.beyond.arms import ANCHORS, CHANGED, anchors_of, changed
 from experiments.beyond.report import find, rates_at_level, write_report
 from experiments.real import study as real
+from experiments.real.reading import read_result
 from experiments.real.rows import Row, write
 from experiments.real.score import Scorer
-from experiments.real.study import Study, Training, read_rows, run, trainings
+from experiments.real.study import Study, Training, digest, read_rows, run, trainings
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
@@ -80,7 +81,19 @@ class Beyond(Study):
         if training.source not in CHANGED:
             return super().delta_for(training, scorer)
         delta, rows = Delta.open(self.delta_of(training)), self.calibration(training)
-        return changed(training.source, delta, scorer, rows, training.seed)
+        found, about = changed(training.source, delta, scorer, rows, training.seed)
+        return found, {**about, "calibration": self.calibration_id(training)}
+
+    def is_finished(self, training: Training, results: Path) -> bool:
+        """Whether there is a result by its recipe, and by the rows that it was changed by if the update is changed."""
+        if not super().is_finished(training, results):
+            return False
+        known = read_result(results / f"{training.name}.json", lambda raw: raw.get("calibration"))
+        return known in (None, self.calibration_id(training))  # the first results don't have it
+
+    def calibration_id(self, training: Training) -> str:
+        """A digest of the rows by which an update may be changed."""
+        return digest(file.read_bytes() for file in self.calibration(training).values())
 
     def delta_of(self, training: Training) -> Path:
         if training.source in CHANGED:  # nothing is trained: the Base's update is changed
@@ -167,12 +180,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="settings, e.g. embedded/skill_bare_lora")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    os.chdir(ROOT)
     runs = given.runs.resolve()
     embedded = Embedded(runs)
     pairs: dict[str, Study] = {"embedded": embedded}
     if given.shared:
         pairs |= dict.fromkeys(real.PAIRS, Beyond(given.shared.resolve(), runs, RESULTS))
+    os.chdir(ROOT)  # the configurations of the embedded pair name its files from there
     if given.step:
         return pairs["near"].do(*json.loads(given.step))
     settings = [s for s in _SETTINGS if s[0] in pairs and (not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only)]

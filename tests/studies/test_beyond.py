@@ -2,10 +2,12 @@
 
 import json
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from experiments.beyond import arms
 from experiments.beyond.arms import CHANGED, Given, signs_of
 from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
 from experiments.beyond.study import Beyond, Embedded
@@ -19,15 +21,16 @@ from tests.tiny import save_pair
 
 
 def add_arm(folder, source, losses, kls, choice=1.0, **more):
-    """An arm at one rate: losses of the reported rows and divergences at the scales 0.5, 1 and 1.5."""
+    """An arm at one rate, of changes B2I's: losses of the reported rows and divergences at scales 0.5, 1 and 1.5."""
+    lr = 2e-4 if source in CHANGED else 1e-4
     path = {
         scale: {
             "choice": scores([choice], kl), "report": scores([loss, loss], kl), "general": scores([1.0], kl),
         }
         for scale, loss, kl in zip(("0.5", "1", "1.5"), losses, kls, strict=True)
     }  # fmt: skip
-    raw = {"source": source, "lr": 1e-4, "seed": 0, "norm": 0.5, "scores": path, "live": {}, **more}
-    (folder / "near" / "tools_lora" / f"{source}_lr0.0001_seed0.json").write_text(json.dumps(raw))
+    raw = {"source": source, "lr": lr, "seed": 0, "norm": 0.5, "scores": path, "live": {}, **more}
+    (folder / "near" / "tools_lora" / f"{source}_lr{raw['lr']:g}_seed{raw['seed']}.json").write_text(json.dumps(raw))
 
 
 def test_every_arm_is_compared_where_it_diverges_as_much_as_the_smaller_of_the_two(tmp_path):
@@ -41,6 +44,60 @@ def test_every_arm_is_compared_where_it_diverges_as_much_as_the_smaller_of_the_t
     assert better_by(setting, "A0.5", "I").difference == pytest.approx(0.7 - there)
     assert better_by(setting, "A0.25", "B") is None
     assert best_anchors(setting) == "A0.5"  # the other has lower losses on the rows for choosing, but not at equal KL
+
+
+def test_seeds_that_reach_the_divergence_are_no_selection(tmp_path):
+    """One of two seeds of an arm never diverges so far: it is not compared by the other one."""
+    write_setting(tmp_path)
+    for seed in (0, 1):
+        add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5), seed=seed)
+        kls = {"B": (0.1, 0.2, 0.4), "I": (0.2, 0.6, 0.9)}
+        for source in "BI":
+            add_arm(tmp_path, source, (1.7, 1.6, 1.5), kls[source], seed=seed, lr=2e-4)
+    assert better_by(Setting(tmp_path, "near", "tools", "lora"), "A0.5", "B") is not None
+    add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.01, 0.02, 0.03), seed=1)
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert better_by(setting, "A0.5", "B") is None and better_by(setting, "A0.5", "B", as_it_is=True) is not None
+
+
+def test_a_changed_update_has_the_rate_of_b2i(tmp_path):
+    """Also where there are results at another rate, as B2I had it once."""
+    write_setting(tmp_path)
+    add_arm(tmp_path, "ties", (1.0, 0.8, 0.8), (0.2, 0.3, 0.5), choice=0.1, lr=1e-4)
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert rates_at_level(setting)["B"] == 2e-4 and better_by(setting, "ties", "B") is None
+    add_arm(tmp_path, "ties", (1.0, 0.8, 0.8), (0.2, 0.3, 0.5), choice=5.0)
+    assert better_by(Setting(tmp_path, "near", "tools", "lora"), "ties", "B").difference == pytest.approx(0.65)
+
+
+def test_a_changed_update_is_made_again_for_other_rows(tmp_path):
+    """The recipe of its training is the same, but what it was changed by is not; the first results don't say it."""
+    study = Embedded(tmp_path)
+    study.prepare([])
+    training = Training("embedded", "skill_bare", "lora", "fitted_all", 1e-3, 0)
+    file = tmp_path / "results" / f"{training.name}.json"
+    file.parent.mkdir(parents=True)
+    recipe = {"recipe": study.recipe_id(training)}
+    for more in ({}, {"calibration": study.calibration_id(training)}):
+        file.write_text(json.dumps(recipe | more))
+        assert study.is_finished(training, tmp_path / "results")
+    kept = study.data / "kept.jsonl"
+    kept.write_text(kept.read_text().replace("a", "b"))
+    assert study.recipe_id(training) == recipe["recipe"] and not study.is_finished(training, tmp_path / "results")
+
+
+def test_an_odd_number_of_rows_votes(monkeypatch):
+    """Of 12 rows, as for tool calls on the real pair, 11; a tie would drop an element."""
+    asked = []
+
+    def signs(model, names, rows):
+        asked.append(len(rows))
+        return {name: torch.ones(2) for name in names}
+
+    monkeypatch.setattr(arms, "signs_of", signs)
+    for count in (1, 12, 13, 31, 60):
+        CHANGED["gradfix"](Delta.of({"a": torch.ones(2)}), Given(SimpleNamespace(model=None), [None] * count, [], 0))
+    assert asked == [1, 11, 13, 31, 31]
 
 
 def test_rates_are_chosen_where_the_arms_are_compared(tmp_path):
@@ -74,7 +131,7 @@ def test_scales_by_group_are_compared_with_one_scale(tmp_path):
         for line in (tmp_path / "REPORT.md").read_text().split("## Scales by group")[1].splitlines()
         if line.startswith("| near/tools_lora | ")
     ]
-    assert one[1:3] == ["best single scale", "1.250"] and layers[1:3] == ["scales by layer", "–"]
+    assert one[1:3] == ["one fitted scale", "1.250 to 1.250"] and layers[1:3] == ["scales by layer", "1.000 to 1.500"]
     assert [cell.split(" ")[0] for cell in layers[3:]] == ["+0.850", "+0.400", "+0.150", "-0.100"]
 
 
