@@ -53,9 +53,10 @@ the embedded pair, 25 tool calls or 40 solutions on the real one). \
 the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the lowest loss on the rows for \
 choosing); every arm is scaled to it. Arms that are trained have the rate of three whose loss there is the lowest on \
 the rows for choosing, and changes of B2I's update that of B2I. Where a seed of an arm never diverges so far, it is \
-not compared. Between measured scales, losses are linear in the square root of the divergence. Values are means ± \
-standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread between seeds, \
-and not corrected for their number.
+not compared. Between measured scales, losses are linear in the square root of the divergence, which makes them a \
+little too high where they are convex; that of the arm whose divergence at scale 1 is the level is measured there. \
+Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \
+between seeds, and not corrected for their number.
 """
 _DECIDES = """\
 How much lower an arm's loss is than that of B2I or I2I at equal KL, in nats per token; below zero, it is worse. \

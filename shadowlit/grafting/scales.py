@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,7 +94,7 @@ class FitScales:
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise GraftError(f"fit_scales.batch_size is {self.batch_size}; expected at least 1, or null.")
-        if self.keep is not None and self.data == self.keep.data != "":
+        if self.keep is not None and self.data and Path(self.data).resolve() == Path(self.keep.data).resolve():
             raise GraftError(
                 f"fit_scales.data and fit_scales.keep.data are both {self.data}, so that the graft would have to learn "
                 "these rows and to answer them as the Instruct does. Give keep rows that the task should not change."

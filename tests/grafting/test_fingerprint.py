@@ -214,6 +214,17 @@ def test_a_file_of_scales_is_read_strictly(tmp_path, problem, content):
     assert problem in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_whose_square_is_zero(tmp_path, dtype):
+    """The update of these tensors is lost, as the scale says, and its norm is known without a division by zero."""
+    folders = save_pair(tmp_path, "qwen3", dtype=dtype)
+    make(folders, "full").to(dtype).save_pretrained(tmp_path / "tuned")
+    graft(folders[0], tmp_path / "tuned", folders[1], tmp_path / "out", scale="1;q_proj=1e-200")
+    out, instruct = CheckpointReader(tmp_path / "out"), CheckpointReader(folders[1])
+    changed = [name for name in out.tensors if not torch.equal(out.read(name), instruct.read(name))]
+    assert len(changed) == 12 and not any("q_proj" in name for name in changed)
+
+
 def test_scales_on_another_instruct_are_reported(tmp_path, folders, tuned, caplog):
     """The update is the same, but what its scales were fitted on is not."""
     scale = Path(scales_file(tmp_path, folders, tuned[0]))

@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_is_an_error(loss):
 
 @pytest.mark.parametrize("wrong", [
     {"steps": 0}, {"lr": 0}, {"pull": -1}, {"keep": Keep("y", 0)}, {"keep": Keep("y", math.inf)}, {"batch_size": 0},
-    {"keep": Keep("x")}, {"groups": "layers"},
+    {"keep": Keep("x")}, {"keep": Keep("./y/../x")}, {"groups": "layers"},
 ])  # fmt: skip
 def test_options_out_of_range_are_errors(wrong):
     with pytest.raises(GraftError, match="fit_scales"):
