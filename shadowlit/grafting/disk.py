@@ -407,7 +407,7 @@ class DiskGraft:
     ) -> tuple[int, float, float, float] | None:
         """A grafted part, if all of it is bfloat16 and in pairs, and all values are finite."""
         scale = self._scale.of(info.name)
-        if raw.size % 4 or {info.code, target} != {"BF16"} or not (scale**2):
+        if raw.size % 4 or {info.code, target} != {"BF16"} or not scale * scale:  # also of 1e-200
             return None
         if (stored := self.update.bfloat16_rows(info.name, start, stop)) is None:
             return None
@@ -439,8 +439,8 @@ class DiskGraft:
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
                     raise numeric.not_finite(name, bad, exact.size)
                 numeric.require_finite(name, stored, target)
-            unscaled = scale**2 and not self.update.transformed  # which is zero for a scale of 1e-200 too
-            whole = squares[0] / scale**2 if unscaled else self._measured(info, start, stop)[-1]
+            unscaled = scale * scale and not self.update.transformed
+            whole = squares[0] / (scale * scale) if unscaled else self._measured(info, start, stop)[-1]
         else:
             stored = numeric.narrow(numeric.widen(raw, info.code), target)
             if name not in self.instruct.computed:
