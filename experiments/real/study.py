@@ -317,21 +317,26 @@ class Study:
         replace_text(self._answers_file(first), compact(found))
 
     def premise(self, pair: str) -> None:
-        """Measure the premise of a pair, unless it has been."""
-        if not self._premise_file(pair).exists():
+        """Measure the premise of a pair, unless it has been on these rows."""
+        file = self._premise_file(pair)
+        if not file.exists() or read_result(file, lambda raw: raw.get("rows")) != self._premise_rows_id():
             self.in_a_process("premise", {"pair": pair})
 
     def _premise_file(self, pair: str) -> Path:
         return self.results / pair / "premise.json"
 
+    def _premise_rows_id(self) -> str:
+        return digest((self.data / f"gsm8k_{part}.jsonl").read_bytes() for part in ("report", "train"))
+
     def measure_premise(self, pair: str) -> None:
         """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
         scorer = Scorer(self.instruct(pair), {})
         rows, examples = (read_rows(self.data / f"gsm8k_{part}.jsonl") for part in ("report", "train"))
-        found = {"instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
+        ids = {"rows": self._premise_rows_id(), "models": self.models_id(pair)}
+        instruct = measure(scorer, rows[:NUM_PERTURBED], examples)
         scorer.load(self.base)
-        found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
-        replace_text(self._premise_file(pair), compact(found))
+        base = measure(scorer, rows[:NUM_PERTURBED], examples)
+        replace_text(self._premise_file(pair), compact({**ids, "instruct": instruct, "base": base}))
 
     @staticmethod
     def folder_of(delta: Path) -> Path:

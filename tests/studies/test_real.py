@@ -283,15 +283,21 @@ def test_the_space_before_a_plain_answer_belongs_to_its_first_word():
 def test_models_are_measured_once_and_in_processes_of_their_own(tmp_path, monkeypatch):
     study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
     asked = []
-    monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, arguments)))
-    for name in ("tools_choice", "tools_report", "alpaca", "identity"):
+    monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, *arguments.values())))
+    for name in ("tools_choice", "tools_report", "alpaca", "identity", "gsm8k_report", "gsm8k_train"):
         write([chat("a", name)], study.data / f"{name}.jsonl")
     (study.results / "near").mkdir(parents=True)
-    for file in (study.results / "near" / "tools_untouched.json", study.results / "near" / "premise.json"):
-        file.touch()
+    (study.results / "near" / "tools_untouched.json").touch()
     study.untouched("near", "tools")  # its reference is missing
-    study.premise("near")
     study.reference_of("near", "tools").touch()
     study.untouched("near", "tools")
-    study.premise("far")
-    assert asked == [("untouched", {"pair": "near", "task": "tools"}), ("premise", {"pair": "far"})]
+    assert asked == [("untouched", "near", "tools")]
+
+    premise = study.results / "near" / "premise.json"
+    study.premise("near")
+    premise.write_text(json.dumps({"rows": study._premise_rows_id()}))
+    study.premise("near")
+    assert asked[1:] == [("premise", "near")]
+    write([chat("a", "other")], study.data / "gsm8k_report.jsonl")
+    study.premise("near")
+    assert asked[2:] == [("premise", "near")]
