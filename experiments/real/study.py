@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +57,9 @@ RATES = {
     ("far", "tools", "lora"): (5e-4, 1e-3),
     ("far", "gsm8k", "lora"): (5e-4, 1e-3),
 }
-"""Settings (pair, task and method), and the learning rates that are tried in each."""
+"""Settings (pair, task and method), and the learning rates that both arms try in each."""
+FURTHER = {("near", "gsm8k", "lora"): {"B": (4e-3,)}, ("near", "gsm8k_opened", "lora"): {"B": (4e-3,)}}
+"""Further rates of one arm (``B`` or ``I``), where the best of the others is the largest or smallest."""
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
@@ -436,17 +438,19 @@ def offset_of(base: Path, instruct: Path) -> dict[str, float]:
     return {"offset": offset.norm(), "sigma": similarity(base, instruct).similarities[0].sigma_of_matrices}
 
 
+def rates_of(setting: tuple[str, str, str]) -> dict[str, tuple[float, ...]]:
+    """The rates that each arm tries, by its source."""
+    return {source: (*RATES[setting], *FURTHER.get(setting, {}).get(source, ())) for source in ("B", "I")}
+
+
 def trainings(
-    setting: tuple[str, str, str],
-    rates: Sequence[float],
-    chosen: dict[str, float] | None,
-    sources: Sequence[str] = ("B", "I"),
+    setting: tuple[str, str, str], rates: Mapping[str, Sequence[float]], chosen: dict[str, float] | None
 ) -> Iterator[Training]:
-    """The trainings at all rates with the first seed, or at the chosen rates with the others."""
+    """The trainings of each source at all its rates with the first seed, or at the chosen ones with the others."""
     for seed in SEEDS[:1] if chosen is None else SEEDS[1:]:
-        for lr in rates:
-            for source in sources:
-                if chosen is None or chosen[source] == lr:
+        for lr in dict.fromkeys(lr for own in rates.values() for lr in own):
+            for source, own in rates.items():
+                if lr in own and (chosen is None or chosen[source] == lr):
                     yield Training(*setting, source, lr, seed)
 
 
@@ -469,9 +473,10 @@ def main() -> None:
         list(pool.map(lambda which: study.untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, RATES[setting], None)))
-            chosen = choose_rates(RESULTS, *setting)
-            list(pool.map(study.train_and_score, trainings(setting, RATES[setting], chosen)))
+            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), None)))
+            list(
+                pool.map(study.train_and_score, trainings(setting, rates_of(setting), choose_rates(RESULTS, *setting)))
+            )
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         firsts = [

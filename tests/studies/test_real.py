@@ -21,7 +21,7 @@ from experiments.real.report import (
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls, write
 from experiments.real.score import condense
-from experiments.real.study import Study, Training
+from experiments.real.study import Study, Training, trainings
 from shadowlit.errors import DataError
 
 
@@ -223,6 +223,14 @@ def test_the_report_says_on_which_models_results_were_made(tmp_path):
     write_report(tmp_path / "results", tmp_path)
     said = (tmp_path / "REPORT.md").read_text()
     assert "models aaa (1 of 4 runs), unrecorded (2 of 4 runs), bbb (1 of 4 runs)" in said
+
+
+def test_an_arm_may_try_further_rates_and_seeds_are_of_the_chosen_ones():
+    setting, rates = ("near", "tools", "lora"), {"B": (1e-4, 2e-4, 4e-4), "I": (1e-4, 2e-4)}
+    first = [(each.source, each.lr) for each in trainings(setting, rates, None)]
+    assert first == [("B", 1e-4), ("I", 1e-4), ("B", 2e-4), ("I", 2e-4), ("B", 4e-4)]
+    others = [(each.source, each.lr, each.seed) for each in trainings(setting, rates, {"B": 4e-4, "I": 1e-4})]
+    assert others == [("I", 1e-4, 1), ("B", 4e-4, 1), ("I", 1e-4, 2), ("B", 4e-4, 2)]
 
 
 def test_answers_are_given_again_when_another_rate_is_chosen(tmp_path, monkeypatch):
