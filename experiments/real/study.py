@@ -52,13 +52,13 @@ SEEDS = (0, 1, 2)
 RATES = {
     ("near", "tools", "lora"): (2e-4, 5e-4, 1e-3),
     ("near", "gsm8k", "lora"): (5e-4, 1e-3, 2e-3),
-    ("near", "gsm8k_opened", "lora"): (5e-4, 1e-3, 2e-3),
+    ("near", "gsm8k_opened", "lora"): (5e-4, 1e-3, 2e-3, 4e-3),
     ("near", "tools", "full"): (1e-5, 3e-5, 1e-4),
     ("far", "tools", "lora"): (5e-4, 1e-3),
     ("far", "gsm8k", "lora"): (5e-4, 1e-3),
 }
 """Settings (pair, task and method), and the learning rates that both arms try in each."""
-FURTHER = {("near", "gsm8k", "lora"): {"B": (4e-3,)}, ("near", "gsm8k_opened", "lora"): {"B": (4e-3,)}}
+FURTHER = {("near", "gsm8k", "lora"): {"B": (4e-3,)}}
 """Further rates of one arm (``B`` or ``I``), where the best of the others is the largest or smallest."""
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
