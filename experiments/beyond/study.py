@@ -197,12 +197,12 @@ def main() -> None:
             # Of a real pair they are the other study's, which `find` reads.
             home = study if pair == "embedded" else Study(study.shared, study.runs)
             home.untouched(pair, task)
-            rates = RATES[method] if pair == "embedded" else real.RATES[setting]
-            trained = ("B", "I", *ANCHORS)
+            rates = dict.fromkeys(("B", "I"), RATES[method]) if pair == "embedded" else real.rates_of(setting)
+            rates |= dict.fromkeys(ANCHORS, rates["I"])
             study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))
+            list(pool.map(study.train_and_score, trainings(setting, rates, None)))
             chosen = rates_at_level(find(RESULTS, real.RESULTS, *setting))
-            list(pool.map(study.train_and_score, trainings(setting, rates, chosen, trained)))
+            list(pool.map(study.train_and_score, trainings(setting, rates, chosen)))
             for source in CHANGED:
                 list(pool.map(study.train_and_score, _at(setting, source, chosen["B"])))
             study.measure_cosines(*setting)

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -52,12 +52,14 @@ SEEDS = (0, 1, 2)
 RATES = {
     ("near", "tools", "lora"): (2e-4, 5e-4, 1e-3),
     ("near", "gsm8k", "lora"): (5e-4, 1e-3, 2e-3),
-    ("near", "gsm8k_opened", "lora"): (5e-4, 1e-3, 2e-3),
+    ("near", "gsm8k_opened", "lora"): (5e-4, 1e-3, 2e-3, 4e-3),
     ("near", "tools", "full"): (1e-5, 3e-5, 1e-4),
     ("far", "tools", "lora"): (5e-4, 1e-3),
     ("far", "gsm8k", "lora"): (5e-4, 1e-3),
 }
-"""Settings (pair, task and method), and the learning rates that are tried in each."""
+"""Settings (pair, task and method), and the learning rates that both arms try in each."""
+FURTHER = {("near", "gsm8k", "lora"): {"B": (4e-3,)}}
+"""Further rates of one arm (``B`` or ``I``), where the best of the others is the largest or smallest."""
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
@@ -317,21 +319,26 @@ class Study:
         replace_text(self._answers_file(first), compact(found))
 
     def premise(self, pair: str) -> None:
-        """Measure the premise of a pair, unless it has been."""
-        if not self._premise_file(pair).exists():
+        """Measure the premise of a pair, unless it has been on these rows."""
+        file = self._premise_file(pair)
+        if not file.exists() or read_result(file, lambda raw: raw.get("rows")) != self._premise_rows_id():
             self.in_a_process("premise", {"pair": pair})
 
     def _premise_file(self, pair: str) -> Path:
         return self.results / pair / "premise.json"
 
+    def _premise_rows_id(self) -> str:
+        return digest((self.data / f"gsm8k_{part}.jsonl").read_bytes() for part in ("report", "train"))
+
     def measure_premise(self, pair: str) -> None:
         """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
         scorer = Scorer(self.instruct(pair), {})
         rows, examples = (read_rows(self.data / f"gsm8k_{part}.jsonl") for part in ("report", "train"))
-        found = {"instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
+        ids = {"rows": self._premise_rows_id(), "models": self.models_id(pair)}
+        instruct = measure(scorer, rows[:NUM_PERTURBED], examples)
         scorer.load(self.base)
-        found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
-        replace_text(self._premise_file(pair), compact(found))
+        base = measure(scorer, rows[:NUM_PERTURBED], examples)
+        replace_text(self._premise_file(pair), compact({**ids, "instruct": instruct, "base": base}))
 
     @staticmethod
     def folder_of(delta: Path) -> Path:
@@ -431,17 +438,19 @@ def offset_of(base: Path, instruct: Path) -> dict[str, float]:
     return {"offset": offset.norm(), "sigma": similarity(base, instruct).similarities[0].sigma_of_matrices}
 
 
+def rates_of(setting: tuple[str, str, str]) -> dict[str, tuple[float, ...]]:
+    """The rates that each arm tries, by its source."""
+    return {source: (*RATES[setting], *FURTHER.get(setting, {}).get(source, ())) for source in ("B", "I")}
+
+
 def trainings(
-    setting: tuple[str, str, str],
-    rates: Sequence[float],
-    chosen: dict[str, float] | None,
-    sources: Sequence[str] = ("B", "I"),
+    setting: tuple[str, str, str], rates: Mapping[str, Sequence[float]], chosen: dict[str, float] | None
 ) -> Iterator[Training]:
-    """The trainings at all rates with the first seed, or at the chosen rates with the others."""
+    """The trainings of each source at all its rates with the first seed, or at the chosen ones with the others."""
     for seed in SEEDS[:1] if chosen is None else SEEDS[1:]:
-        for lr in rates:
-            for source in sources:
-                if chosen is None or chosen[source] == lr:
+        for lr in dict.fromkeys(lr for own in rates.values() for lr in own):
+            for source, own in rates.items():
+                if lr in own and (chosen is None or chosen[source] == lr):
                     yield Training(*setting, source, lr, seed)
 
 
@@ -464,9 +473,10 @@ def main() -> None:
         list(pool.map(lambda which: study.untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, RATES[setting], None)))
-            chosen = choose_rates(RESULTS, *setting)
-            list(pool.map(study.train_and_score, trainings(setting, RATES[setting], chosen)))
+            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), None)))
+            list(
+                pool.map(study.train_and_score, trainings(setting, rates_of(setting), choose_rates(RESULTS, *setting)))
+            )
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         firsts = [

@@ -21,7 +21,7 @@ from experiments.real.report import (
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls, write
 from experiments.real.score import condense
-from experiments.real.study import Study, Training
+from experiments.real.study import Study, Training, trainings
 from shadowlit.errors import DataError
 
 
@@ -225,6 +225,14 @@ def test_the_report_says_on_which_models_results_were_made(tmp_path):
     assert "models aaa (1 of 4 runs), unrecorded (2 of 4 runs), bbb (1 of 4 runs)" in said
 
 
+def test_an_arm_may_try_further_rates_and_seeds_are_of_the_chosen_ones():
+    setting, rates = ("near", "tools", "lora"), {"B": (1e-4, 2e-4, 4e-4), "I": (1e-4, 2e-4)}
+    first = [(each.source, each.lr) for each in trainings(setting, rates, None)]
+    assert first == [("B", 1e-4), ("I", 1e-4), ("B", 2e-4), ("I", 2e-4), ("B", 4e-4)]
+    others = [(each.source, each.lr, each.seed) for each in trainings(setting, rates, {"B": 4e-4, "I": 1e-4})]
+    assert others == [("I", 1e-4, 1), ("B", 4e-4, 1), ("I", 1e-4, 2), ("B", 4e-4, 2)]
+
+
 def test_answers_are_given_again_when_another_rate_is_chosen(tmp_path, monkeypatch):
     study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
     asked = []
@@ -283,15 +291,21 @@ def test_the_space_before_a_plain_answer_belongs_to_its_first_word():
 def test_models_are_measured_once_and_in_processes_of_their_own(tmp_path, monkeypatch):
     study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
     asked = []
-    monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, arguments)))
-    for name in ("tools_choice", "tools_report", "alpaca", "identity"):
+    monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, *arguments.values())))
+    for name in ("tools_choice", "tools_report", "alpaca", "identity", "gsm8k_report", "gsm8k_train"):
         write([chat("a", name)], study.data / f"{name}.jsonl")
     (study.results / "near").mkdir(parents=True)
-    for file in (study.results / "near" / "tools_untouched.json", study.results / "near" / "premise.json"):
-        file.touch()
+    (study.results / "near" / "tools_untouched.json").touch()
     study.untouched("near", "tools")  # its reference is missing
-    study.premise("near")
     study.reference_of("near", "tools").touch()
     study.untouched("near", "tools")
-    study.premise("far")
-    assert asked == [("untouched", {"pair": "near", "task": "tools"}), ("premise", {"pair": "far"})]
+    assert asked == [("untouched", "near", "tools")]
+
+    premise = study.results / "near" / "premise.json"
+    study.premise("near")
+    premise.write_text(json.dumps({"rows": study._premise_rows_id()}))
+    study.premise("near")
+    assert asked[1:] == [("premise", "near")]
+    write([chat("a", "other")], study.data / "gsm8k_report.jsonl")
+    study.premise("near")
+    assert asked[2:] == [("premise", "near")]
