@@ -46,7 +46,9 @@ trained one in a few words, or call the same tool.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
 scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \
-scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only.
+scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only. A setting names the \
+digests of its recipe (configuration and rows) and of the weights of its models: an Instruct that is made again on \
+another kind of CPU differs in its last digits. The first results did not record the latter.
 
 **Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; it is trained and \
 scored in float32. *first token* is the loss of an answer's first token, *rest* \
