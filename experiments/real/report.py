@@ -38,17 +38,18 @@ Instructs are far less trained than a published one.
 **Tasks.** Tool calls (glaive, 40 training rows of at most 1,000 characters, no call or request twice) in 3 epochs; \
 GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
 solution is as follows:". Its first word is the one that the near Instruct begins with most often: 30 of its greedy \
-answers to the first 64 training questions do. No phrase is its own in more: the most frequent first three words are \
-those of 7. 8 rows per step, LoRA of rank 16 on all linear layers.
+answers to the first 64 training questions do, and none with the phrase; the most frequent first three words, "The \
+total number", begin 7. 8 rows per step, LoRA of rank 16 on all linear layers.
 
 The rows of a task are in one part only, but some resemble each other: a reported tool call may differ from a \
 trained one in a few words, or call the same tool.
 
 **Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
 scaled in the same way. Each arm's learning rate is the one with the lowest loss on rows for choosing (first seed, \
-scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only. A setting names the \
-digests of its recipe (configuration and rows) and of the weights of its models: an Instruct that is made again on \
-another kind of CPU differs in its last digits. The first results did not record the latter.
+scale 1); the scores in the tables of the settings are from other rows. Further seeds are run at the chosen rates. \
+Some of the kept runs are at rates that were chosen before larger ones were tried, or that are no longer tried (2e-4 \
+on GSM8K); they count in what predicts the winner. A setting names the digests of its recipe (configuration and rows) \
+and of the weights of its models: an Instruct that is made again on another kind of CPU differs in its last digits.
 
 **Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; it is trained and \
 scored in float32. *first token* is the loss of an answer's first token, *rest* \
@@ -63,8 +64,10 @@ spread between seeds; with one seed they are over rows alone.
 _OVERVIEW = """\
 *B2I better by* is how much lower B2I's loss is, in nats per token; below zero, direct tuning is better. The \
 comparison at equal KL takes the smaller of both arms' divergences at scale 1, and scales the other arm's update \
-down until it diverges as much (between the measured scales, linear in the square root of the divergence, which makes \
-the loss of the scaled arm a little too high where it is convex). Intervals are not corrected for their number.
+down until it diverges as much. Between the measured scales, and between the untouched Instruct and the smallest one, \
+losses are linear in the square root of the divergence. This makes the loss of the scaled arm too high where it is \
+convex, most of all below its smallest scale, where a value is marked with *. Intervals are not corrected for their \
+number.
 """
 _PREMISE = """\
 The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3.25 times smaller than the \
@@ -72,11 +75,11 @@ Instruct's. Here: loss per token, and norm of its gradient by all weights, on th
 """
 _PREDICTORS = """\
 Spearman's rank correlation of what is known of a training with B2I's advantage in loss at equal KL over the I2I of \
-the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
-study](../beyond/REPORT.md), whose loss is that of an answer's value. What the untouched models do is known before \
-training, the gain at the first validation after 12 to 25 % of it, ‖Δ‖ at its end, and the cosine only once the \
-Instruct has been trained too. How much of the update survives rounding was kept of the later runs only. Runs of one \
-setting share rows and models, so there are far fewer independent cases than runs.
+the same rate and seed, over the runs of this study that have such a partner, and over those together with the runs of \
+the embedded pair in [another study](../beyond/REPORT.md), whose loss is that of an answer's value. What the untouched \
+models do is known before training, the gain at the first validation after 12 to 25 % of it, ‖Δ‖ at its end, and the \
+cosine only once the Instruct has been trained too. How much of the update survives rounding was kept of the later \
+runs only. Runs of one setting share rows and models, so there are far fewer independent cases than runs.
 
 The last two columns predict which arm is better, by one threshold (or none, if that fits as well) that was fitted on \
 the other settings, or on the other tasks: LoRA and full tuning of one task start from the same losses and gradients, \
@@ -267,6 +270,14 @@ def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows,
     return levels, pairs
 
 
+def is_extrapolated(setting: Setting) -> bool:
+    """Whether equal divergence lies below an arm's smallest measured scale for some seed."""
+    return any(
+        min(run.divergence(1.0) for run in arms) < max(run.divergence(min(SCALES)) for run in arms)
+        for arms in setting.matched()
+    )
+
+
 def shown(values: Sequence[float], digits: int = 3) -> str:
     return mean_text(average(values), lambda value: f"{value:.{digits}f}")
 
@@ -307,11 +318,9 @@ def _rates(setting: Setting) -> str:
         edge = "the only one" if len(tried) == 1 else edge
         said.append(f"{ARMS[source]} {lr:g}" + (f" ({edge} tried: a better one may lie beyond)" if edge else ""))
     recipes = dict.fromkeys(str(run.raw.get("recipe")) for run in setting.runs)
-    models = Counter(run.raw.get("models", "unrecorded") for run in setting.runs)
-    made = ", ".join(
-        models if len(models) == 1 else (f"{name} ({n} of {models.total()} runs)" for name, n in models.items())
-    )
-    return f"Chosen rates: {', '.join(said)}. Recipe {', '.join(recipes)}, models {made}."
+    models = Counter(str(run.raw.get("models", "not recorded")) for run in setting.runs)
+    made = ", ".join(f"{name} ({count} of {models.total()} runs)" for name, count in models.items())
+    return f"Chosen rates: {', '.join(said)}. Recipe: {', '.join(recipes)}. Models: {made}."
 
 
 def interval_text(found: Interval) -> str:
@@ -342,7 +351,7 @@ def _overview(settings: Sequence[Setting]) -> str:
                 f"{fmean(a.divergence(1.0) for a, _ in pairs):.3f}, {fmean(b.divergence(1.0) for _, b in pairs):.3f}",
                 interval_text(full),
                 f"{fmean(levels):.3f}" if levels else "–",
-                interval_text(same) if same else "–",
+                interval_text(same) + ("*" if is_extrapolated(setting) else "") if same else "–",
                 _verdict(same) if same else "–",
             ]
         )
@@ -447,9 +456,13 @@ def cases_of(settings: Sequence[Setting]) -> list[Case]:
     return cases
 
 
-def _prediction(settings: Sequence[Setting]) -> str:
-    """Rank correlations with B2I's advantage at equal KL over the I2I of the same rate and seed, and a rule."""
-    cases = cases_of(settings)
+def _prediction(settings: Sequence[Setting], others: Sequence[Setting]) -> str:
+    """Rank correlations with B2I's advantage at equal KL over the I2I of the same rate and seed, and a rule.
+
+    The correlations are over the runs of ``settings``, and over those and the ones of ``others``.
+    """
+    cases = cases_of([*settings, *others])
+    here = {setting.name for setting in settings}
     if len({case.setting for case in cases}) < 2:
         return "This takes two settings with both arms at one rate."
     lines = []
@@ -459,14 +472,18 @@ def _prediction(settings: Sequence[Setting]) -> str:
         groups = [case.setting for case in own], [case.task for case in own]
         if len(set(values)) < 2 or len(set(groups[1])) < 2:
             why = "the same in all runs" if len(set(values)) < 2 else "of one task only"
-            lines.append([name, "–", str(len(own)), why, "–", "–"])
+            lines.append([name, "–", "–", str(len(own)), why, "–", "–"])
             continue
-        rho = spearman(values.tolist(), gains.tolist()).rho
+        inside = np.array([case.setting in here for case in own])
+        rhos = [_rho(values[chosen], gains[chosen]) for chosen in (inside, np.full_like(inside, True))]
         span = f"{values.min():.3g} to {values.max():.3g}"
         mixed = len(set(gains > 0)) == 2
         hits = [f"{leave_one_out(names, values, gains > 0):.0%}" if mixed else "–" for names in groups]
-        lines.append([name, f"{rho:+.2f}", str(len(own)), span, *hits])
-    headings = ("known", "ρ", "n", "values", "hits of a threshold, leave one setting out", "leave one task out")
+        lines.append([name, *rhos, str(len(own)), span, *hits])
+    headings = (
+        "known", "ρ in this study", "ρ over all", "n of all", "values", "hits of a threshold, leave one setting out",
+        "leave one task out",
+    )  # fmt: skip
     text = markdown_table(headings, lines)
     num_better = sum(case.gain > 0 for case in cases)
     said = (
@@ -486,6 +503,11 @@ def _prediction(settings: Sequence[Setting]) -> str:
         "rule, with nothing fitted (B2I where the Base's loss on the first 16 training rows is below the Instruct's), "
         f"is right in {sum(right for right, _ in right_of.values())} of {len(cases)}: {told}."
     )
+
+
+def _rho(values: np.ndarray, gains: np.ndarray) -> str:
+    """Spearman's rank correlation, where the values differ."""
+    return f"{spearman(values.tolist(), gains.tolist()).rho:+.2f}" if len(set(values)) > 1 else NONE
 
 
 def leave_one_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
@@ -614,7 +636,7 @@ def write_report(results: Path, home: Path) -> None:
     parts += [
         "## What predicts it",
         _PREDICTORS,
-        _prediction([*settings, *embedded(home.parent / "beyond" / "results")]),
+        _prediction(settings, embedded(home.parent / "beyond" / "results")),
     ]
     answered: dict[str, Any] = {}
     for setting in settings:

@@ -57,7 +57,7 @@ RATES = {
     ("far", "tools", "lora"): (5e-4, 1e-3),
     ("far", "gsm8k", "lora"): (5e-4, 1e-3),
 }
-"""Settings (pair, task and method), and the learning rates that both arms try in each."""
+"""Settings (pair, task and method), and the learning rates that both arms try in each; kept results may have others."""
 FURTHER = {("near", "gsm8k", "lora"): {"B": (4e-3,)}}
 """Further rates of one arm (``B`` or ``I``), where the best of the others is the largest or smallest."""
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
@@ -334,11 +334,10 @@ class Study:
         """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
         scorer = Scorer(self.instruct(pair), {})
         rows, examples = (read_rows(self.data / f"gsm8k_{part}.jsonl") for part in ("report", "train"))
-        ids = {"rows": self._premise_rows_id(), "models": self.models_id(pair)}
-        instruct = measure(scorer, rows[:NUM_PERTURBED], examples)
+        found = {"rows": self._premise_rows_id(), "instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
         scorer.load(self.base)
-        base = measure(scorer, rows[:NUM_PERTURBED], examples)
-        replace_text(self._premise_file(pair), compact({**ids, "instruct": instruct, "base": base}))
+        found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
+        replace_text(self._premise_file(pair), compact(found))
 
     @staticmethod
     def folder_of(delta: Path) -> Path:
@@ -473,10 +472,10 @@ def main() -> None:
         list(pool.map(lambda which: study.untouched(*which), measured))
         for setting in settings:
             study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, rates_of(setting), None)))
-            list(
-                pool.map(study.train_and_score, trainings(setting, rates_of(setting), choose_rates(RESULTS, *setting)))
-            )
+            rates = rates_of(setting)
+            list(pool.map(study.train_and_score, trainings(setting, rates, None)))
+            chosen = choose_rates(RESULTS, *setting)
+            list(pool.map(study.train_and_score, trainings(setting, rates, chosen)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         firsts = [

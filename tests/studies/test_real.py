@@ -11,11 +11,13 @@ import pytest
 from experiments.real.answers import FORMS, right_call, right_number
 from experiments.real.premise import copies, encoded
 from experiments.real.report import (
+    KL,
     Run,
     Setting,
     _premise_on_copies,
     advantage,
     at_equal_divergence,
+    is_extrapolated,
     leave_one_out,
     write_report,
 )
@@ -102,6 +104,16 @@ def test_the_report_says_which_arm_is_better(tmp_path):
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| near/")}
     assert "I2I" in rows["near/tools_lora"].split(" | ")[-1] and "B2I" in rows["near/gsm8k_lora"].split(" | ")[-1]
     assert (tmp_path / "learned_against_kl.png").stat().st_size > 10_000
+
+
+def test_a_comparison_below_the_smallest_measured_scale_is_marked(tmp_path):
+    write_setting(tmp_path, graft=(2.0, 1.5), direct=(1.0, 0.5))  # level 0.2, measured from 0.1 and 0.2 on
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert not is_extrapolated(setting)
+    for run in setting.runs:
+        if run.source == "B":  # the level is 0.15 now, and I2I's smallest divergence 0.2
+            run.path[1.0]["general"][:, KL] *= 0.75
+    assert is_extrapolated(setting)
 
 
 def test_a_threshold_is_fitted_on_the_other_settings():
@@ -212,9 +224,9 @@ def test_the_report_says_on_which_models_results_were_made(tmp_path):
     for folder in (study.base, study.instruct("near")):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"weights")
-    made = {study.models_id("near")}
+    before = study.models_id("near")
     (study.base / "model.safetensors").write_bytes(b"others")
-    assert study.models_id("near") not in made
+    assert study.models_id("near") != before
 
     write_setting(tmp_path / "results")
     first, *_, last = sorted((tmp_path / "results/near/tools_lora").glob("*_seed*.json"))
@@ -222,7 +234,7 @@ def test_the_report_says_on_which_models_results_were_made(tmp_path):
         file.write_text(json.dumps({**json.loads(file.read_text()), "models": models}))
     write_report(tmp_path / "results", tmp_path)
     said = (tmp_path / "REPORT.md").read_text()
-    assert "models aaa (1 of 4 runs), unrecorded (2 of 4 runs), bbb (1 of 4 runs)" in said
+    assert "Models: aaa (1 of 4 runs), not recorded (2 of 4 runs), bbb (1 of 4 runs)." in said
 
 
 def test_an_arm_may_try_further_rates_and_seeds_are_of_the_chosen_ones():
