@@ -258,11 +258,16 @@ def advantage(pairs: Iterable[tuple[Rows, Rows]]) -> Interval:
     return paired_bootstrap({"loss": differences}, [["loss"]], weights={"loss": tokens})[0]
 
 
+def common_divergence(one: Run, other: Run) -> float:
+    """The smaller of two runs' divergences at scale 1, to which both are scaled."""
+    return min(one.divergence(1.0), other.divergence(1.0))
+
+
 def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows, Rows]]]:
     """For every seed the smaller of the arms' divergences at scale 1, and both arms' reported rows there."""
     levels, pairs = [], []
     for graft, direct in setting.matched():
-        kl = min(graft.divergence(1.0), direct.divergence(1.0))
+        kl = common_divergence(graft, direct)
         one, other = graft.at_divergence(kl), direct.at_divergence(kl)
         if one is not None and other is not None:
             levels.append(kl)
@@ -273,8 +278,7 @@ def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows,
 def is_extrapolated(setting: Setting) -> bool:
     """Whether equal divergence lies below an arm's smallest measured scale for some seed."""
     return any(
-        min(run.divergence(1.0) for run in arms) < max(run.divergence(min(SCALES)) for run in arms)
-        for arms in setting.matched()
+        common_divergence(*arms) < max(run.divergence(min(SCALES)) for run in arms) for arms in setting.matched()
     )
 
 
@@ -444,7 +448,7 @@ def cases_of(settings: Sequence[Setting]) -> list[Case]:
             other = direct.get((run.lr, run.seed))
             if run.source != "B" or other is None:
                 continue
-            kl = min(run.divergence(1.0), other.divergence(1.0))
+            kl = common_divergence(run, other)
             one, two = run.at_divergence(kl), other.at_divergence(kl)
             if one is not None and two is not None:
                 cases.append(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.lora_files import LoraUpdate
 from shadowlit.grafting.update import UNGATHERED, FromBase, Rows, Update, no_elements
 
+_Value = TypeVar("_Value")
 _TOKENS = "trainable_tokens_delta"
 
 
@@ -137,8 +138,6 @@ class MergedUpdate(FromBase):
         found = sorted({*self._layers, *self._whole} - wrong.keys())
         self.shapes: Mapping[str, tuple[int, ...]] = {name: base.tensors[name].shape for name in found}
         self._update = lru_cache(maxsize=2)(self._merged)
-        products = {name: layer.factors(lambda factor: factor) for name, layer in self._layers.items()}
-        self._factored = {n: partial(_itself, x) for n, x in products.items() if x is not None and n not in self._whole}
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """See :class:`shadowlit.grafting.update.Update`."""
@@ -147,10 +146,12 @@ class MergedUpdate(FromBase):
             total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
         return total + self._update(name)[start:stop].numpy() if name in self._layers else total
 
-    @property
+    @cached_property
     def factored(self) -> Mapping[str, Callable[[], Factors]]:
         """See :class:`shadowlit.grafting.update.Update`: LoRA's next to trained biases or tokens."""
-        return self._factored
+        plain = {name: layer for name, layer in self._layers.items() if name in self.shapes and name not in self._whole}
+        products = {name: layer.factors(_itself) for name, layer in plain.items()}
+        return {name: partial(_itself, product) for name, product in products.items() if product is not None}
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`shadowlit.grafting.update.Update`; the Base's tensors are checked."""
@@ -253,8 +254,8 @@ _OF_OTHER_MODULES = (
 )  # fmt: skip
 
 
-def _itself(factors: Factors) -> Factors:
-    return factors
+def _itself(value: _Value) -> _Value:
+    return value
 
 
 def _within(root: nn.Module, path: str) -> nn.Module:

@@ -172,14 +172,19 @@ class LoraUpdate(FromBase):
 
     @cached_property
     def _learned_whole(self) -> frozenset[str]:
-        """What the adapter stores whole, without the Base's own values: peft stores an embedding that it adapts."""
+        """What the adapter stores whole next to its factors with other values than the Base's own.
+
+        peft stores an embedding that it adapts, with the Base's.
+        """
         headers = described(self.shapes)
 
         def is_learned(name: str) -> bool:
             rows = partial(self._reader.rows, self._whole[name]), partial(self._base.rows, name)
             return any(np.any(rows[0](*window) != rows[1](*window)) for window in row_windows(headers[name]))
 
-        return frozenset(name for name in self._whole.keys() & self.shapes.keys() if is_learned(name))
+        return frozenset(
+            name for name in self._whole.keys() & self._factors.keys() & self.shapes.keys() if is_learned(name)
+        )
 
     def _read_factors(self, name: str) -> Factors:
         found = self._factors[name]
