@@ -2,7 +2,7 @@
 
     python experiments/real/recompute.py MODEL ROWS.jsonl
 
-MODEL is an exported folder, such as one that ``python -m shadowlit graft`` has written from a training's delta. Prints
+MODEL is a folder of a model, such as one that ``python -m shadowlit delta apply`` has written from a delta. Prints
 the loss per supervised token, and that of the first token of each answer.
 """
 

@@ -181,7 +181,9 @@ def read_run(file: Path, instruct: Mapping[str, Rows]) -> Run:
 
     def checked(raw: Any) -> Run:
         run = Run({**raw, "norm": float(raw["norm"]), "live": dict(raw["live"])}, instruct)
-        if not run.source or not all(np.isfinite([run.lr, run.seed, *map(run.learned, run.path)])):
+        scores = [float(each.sum()) for sets in run.path.values() for each in sets.values()]
+        numbers = [run.lr, run.seed, *scores, *map(run.learned, run.path), *map(run.divergence, run.path)]
+        if not run.source or not all(np.isfinite(numbers)):
             raise ValueError("its source, rate, seed or scores are not such")
         return run
 

@@ -5,7 +5,7 @@ Models compute in float32; a graft is rounded to the dtype of the Instruct's fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.sources import read_conversations
 from shadowlit.data.template import Encoded, encode_turns
 from shadowlit.delta.delta import Delta
+from shadowlit.errors import DataError, first_line
 from shadowlit.grafting.arithmetic import add_delta
 
 BATCH_SIZE = 8
@@ -115,6 +116,24 @@ class Scorer:
                 ids[place, :length] = torch.tensor(rows[row].input_ids)
                 mask[place, :length] = 1
             yield some, {"input_ids": ids, "attention_mask": mask}
+
+
+def read_reference(file: Path, rows: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[int, Tensor]]:
+    """Return the reference of the divergence from a file: by set and row, the untouched Instruct's states.
+
+    Raises:
+        DataError: The file is damaged: it is no such file, has other rows than ``rows``, or numbers that aren't finite.
+    """
+    try:
+        found: dict[str, dict[int, Tensor]] = torch.load(file, weights_only=True)
+        expected = {name: set(range(len(own))) for name, own in rows.items()}
+        if {name: set(states) for name, states in found.items()} != expected:
+            raise ValueError("it does not have the states of all rows")
+        if not all(state.isfinite().all() for states in found.values() for state in states.values()):
+            raise ValueError("its states are not finite")
+    except Exception as error:  # of pickle, zipfile or torch: many types, one meaning
+        raise DataError(f"{file} is damaged ({first_line(error)}). Remove it: the study measures it again.") from error
+    return found
 
 
 def condense(scores: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -37,11 +37,11 @@ from experiments.real.premise import measure
 from experiments.real.reading import read_result
 from experiments.real.report import choose_rates, write_report
 from experiments.real.rows import Row, files, write
-from experiments.real.score import Scorer, gradient_norm
+from experiments.real.score import Scorer, gradient_norm, read_reference
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import CheckpointError, ShadowlitError
 from shadowlit.files import replace_text, written_beside
 from shadowlit.studies.trials.process import Job, failure, start
 
@@ -174,7 +174,7 @@ class Study:
         """The scorer with the untouched Instruct's states on its rows, once they have been measured."""
         file = self.reference_of(pair, task)
         if file.exists():
-            scorer.reference = torch.load(file, weights_only=True)
+            scorer.reference = read_reference(file, scorer.rows)
         return scorer
 
     def reference_of(self, pair: str, task: str) -> Path:
@@ -243,9 +243,19 @@ class Study:
         return digest((keys.encode(), *(file.read_bytes() for file in files)))
 
     def models_id(self, pair: str) -> str:
-        """A digest of the weights of a pair: another kind of CPU makes an Instruct that differs in its last digits."""
-        folders = (self.base, self.instruct(pair))
-        return digest(file.read_bytes() for folder in folders for file in sorted(folder.glob("*.safetensors")))
+        """A digest of the weights of a pair: another kind of CPU makes an Instruct that differs in its last digits.
+
+        Raises:
+            CheckpointError: A model has no weights: a digest of nothing would pass for one of a model.
+        """
+        found = {folder: sorted(folder.glob("*.safetensors")) for folder in (self.base, self.instruct(pair))}
+        for folder, weights in found.items():
+            if not weights:
+                raise CheckpointError(
+                    f"{folder} has no safetensors files, by which a result names the models that it was made on. "
+                    "Restore them."
+                )
+        return digest(file.read_bytes() for weights in found.values() for file in weights)
 
     def is_finished(self, training: Training, results: Path) -> bool:
         """Whether there is a result of this training, by its recipe."""
@@ -350,6 +360,7 @@ class Study:
 
     def score(self, training: Training) -> None:
         """Score a trained delta at every scale."""
+        ids = {"recipe": self.recipe_id(training), "models": self.models_id(training.pair)}
         scorer = self.scorer(training.pair, training.task)
         trained = self.delta_of(training)
         delta, details = self.delta_for(training, scorer)
@@ -365,7 +376,6 @@ class Study:
             for name, values in read_metrics(self.folder_of(trained) / "metrics.csv").items()
             if name.startswith(("val/", "train/loss")) or name == "graft/survival"
         }
-        ids = {"recipe": self.recipe_id(training), "models": self.models_id(training.pair)}
         made = {**training.__dict__, **ids, "norm": delta.norm(), "live": live}
         replace_text(self.results / f"{training.name}.json", compact({**made, **details, "scores": scores}))
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.real.answers import FORMS, right_call, right_number
 from experiments.real.premise import copies, encoded
@@ -22,9 +23,9 @@ from experiments.real.report import (
     write_report,
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls, write
-from experiments.real.score import condense
+from experiments.real.score import condense, read_reference
 from experiments.real.study import Study, Training, trainings
-from shadowlit.errors import DataError
+from shadowlit.errors import CheckpointError, DataError
 
 
 def scores(losses, kl, tokens=10.0):
@@ -83,6 +84,35 @@ def test_a_damaged_result_is_named(tmp_path, damage, name):
     file.write_text(damage(file.read_text()))
     with pytest.raises(DataError, match=rf"{name} is damaged \(\w+.*\)\. Restore it, or remove it"):
         Setting(tmp_path, "near", "tools", "lora")
+
+
+@pytest.mark.parametrize("name", ["choice", "general"])
+def test_a_score_that_is_not_finite_is_damage_in_every_set(tmp_path, name):
+    """A divergence of NaN left a seed out of the comparison at equal divergence, a loss of NaN could choose a rate."""
+    write_setting(tmp_path)
+    file = tmp_path / "near" / "tools_lora" / "B_lr0.0002_seed0.json"
+    raw = json.loads(file.read_text())
+    raw["scores"]["1"][name][0][KL if name == "general" else 0] = float("nan")
+    file.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=rf"{file.name} is damaged \(ValueError.*\)\. Restore it, or remove it"):
+        Setting(tmp_path, "near", "tools", "lora")
+
+
+def test_a_damaged_reference_is_named(tmp_path):
+    file, rows = tmp_path / "near-tools.pt", {"choice": ["a", "b"], "general": ["c"]}
+    reference = {"choice": {1: torch.ones(2, 3), 0: torch.ones(1, 3)}, "general": {0: torch.ones(4, 3)}}
+    torch.save(reference, file)
+    assert read_reference(file, rows)["general"][0].shape == (4, 3)
+    whole = file.read_bytes()
+    for damage in (b"", b"text", whole[: len(whole) // 2], whole[:-10]):
+        file.write_bytes(damage)
+        with pytest.raises(DataError, match=r"near-tools\.pt is damaged \(\w+: .*\)\. Remove it: the study measures"):
+            read_reference(file, rows)
+    others = ([1], {}, {"choice": reference["choice"]}, {**reference, "general": {}})
+    for damage in (*others, {**reference, "general": {0: torch.full((4, 3), torch.nan)}}):
+        torch.save(damage, file)
+        with pytest.raises(DataError, match=r"near-tools\.pt is damaged"):
+            read_reference(file, rows)
 
 
 def test_the_path_is_linear_in_the_root_of_the_divergence_and_begins_at_the_instruct(tmp_path):
@@ -227,6 +257,9 @@ def test_the_report_says_on_which_models_results_were_made(tmp_path):
     before = study.models_id("near")
     (study.base / "model.safetensors").write_bytes(b"others")
     assert study.models_id("near") != before
+    (study.instruct("near") / "model.safetensors").rename(study.instruct("near") / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"near/model has no safetensors files.*Restore them"):
+        study.models_id("near")
 
     write_setting(tmp_path / "results")
     first, *_, last = sorted((tmp_path / "results/near/tools_lora").glob("*_seed*.json"))
