@@ -15,7 +15,7 @@ from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
 from shadowlit.delta.transforms import gradfix
 from shadowlit.grafting.parameters import host_parameters
-from shadowlit.grafting.scales import FitScales, Keep
+from shadowlit.grafting.scales import FitScales, Keep, group_of
 from shadowlit.training.fit_scales import fit_scales
 from shadowlit.training.gradient_signs import sign_votes
 
@@ -29,6 +29,7 @@ ANCHORS: dict[str, dict[str, float]] = {
 }
 """``model.anchors`` by name of the arm; ``kl`` is its weight, on the rows that the study keeps."""
 _KEPT = 24  # rows of what should be kept, in the fit of scales: the first ones
+FIT: dict[str, Any] = {"steps": 40, "lr": 0.1}  # of scales: 40 steps can move them by 2.05
 _VOTES = 31  # rows that vote on the signs of GradFix at most, the default of graft.variants
 
 
@@ -39,6 +40,7 @@ class Given(NamedTuple):
     rows: list[Encoded]  # of the task
     kept: list[Encoded]  # of what the Instruct could do before
     seed: int  # of the training
+    known: Mapping[str, Any]  # what is known of how, if the update has been changed before
 
 
 Change = Callable[[Delta, Given], tuple[Delta, dict[str, Any]]]
@@ -55,12 +57,15 @@ def _fitted(groups: Any) -> Change:
     """The update with a scale for each group, fitted on the rows for choosing and on others that should be kept."""
 
     def change(delta: Delta, given: Given) -> tuple[Delta, dict[str, Any]]:
-        both = (given.rows, given.kept)
-        samples, keep = ([{"input_ids": r.input_ids, "labels": r.labels} for r in some] for some in both)
-        options = FitScales("", groups=groups, keep=Keep("", weight=1.0))
-        fitted = fit_scales(given.scorer.model, delta, samples, options, keep, dtype=given.scorer.stored)
-        update = {name: delta.tensor(name) * fitted.by_tensor[name] for name in delta.shapes}
-        return Delta.of(update), {"scales": fitted.scales, "history": fitted.history}
+        about = {name: given.known[name] for name in ("scales", "history") if name in given.known}
+        if not about:
+            both = (given.rows, given.kept)
+            samples, keep = ([{"input_ids": r.input_ids, "labels": r.labels} for r in some] for some in both)
+            options = FitScales("", groups=groups, keep=Keep("", weight=1.0), **FIT)
+            fitted = fit_scales(given.scorer.model, delta, samples, options, keep, dtype=given.scorer.stored)
+            about = {"scales": fitted.scales, "history": fitted.history}
+        update = {name: delta.tensor(name) * about["scales"][group_of(name, groups)] for name in delta.shapes}
+        return Delta.of(update), about
 
     return change
 
@@ -104,7 +109,7 @@ CHANGED: dict[str, Change] = {
 
 
 def changed(
-    source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path], seed: int
+    source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path], seed: int, known: Mapping[str, Any]
 ) -> tuple[Delta, dict[str, Any]]:
     """The Base's update, changed as the arm says, and what is worth keeping of how.
 
@@ -114,10 +119,11 @@ def changed(
         scorer: Its model is used, and has the Instruct's weights afterwards.
         calibration: Files of rows: ``task`` and ``kept``.
         seed: Seed of the training.
+        known: The result of the same change, if there is one: what has been fitted is not fitted again.
     """
     scorer.load(scorer.instruct)
     rows, kept = scorer.read(calibration["task"]), scorer.read(calibration["kept"])[:_KEPT]
-    return CHANGED[source](delta, Given(scorer, rows, kept, seed))
+    return CHANGED[source](delta, Given(scorer, rows, kept, seed, known))
 
 
 def signs_of(model: Any, names: Container[str], rows: list[Encoded]) -> dict[str, Tensor]:

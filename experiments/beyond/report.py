@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.beyond.arms import ANCHORS, CHANGED
+from experiments.beyond.level import AtLevel, file_of, read_level
 from experiments.real.report import (
     EXACT,
     Rows,
@@ -36,11 +38,10 @@ update on both, with weight α on the Instruct (`model.anchors`); *anchors late*
 the steps and 0 before; *with KL* adds the divergence from the Instruct on other rows at weight 1 \
 (`model.anchors.kl`). The others change the update of B2I at its rate, and train nothing: *one fitted scale*, *scales \
 by layer* and *by kind* are `graft.fit_scales` on the rows for choosing (in the style of the training), with the \
-divergence on the first 24 of those other rows at weight 1 (embedded pair: all of them questions that it could answer \
-before, and no formats or refusals); *GradFix* keeps the elements whose sign is that of a step down the Instruct's own \
-gradient on the rows for choosing, at most 31 (arXiv 2510.09658); *TIES* and *magnitude* keep the largest elements of \
-each matrix, and differ for a single update in how many; *DARE* keeps random ones, which it scales up; *SVD* cuts each \
-matrix to its largest singular values. Arms without results are left out. \
+divergence on the first 24 of those other rows at weight 1; *GradFix* keeps the elements whose sign is that of a step \
+down the Instruct's own gradient on the rows for choosing, at most 31 (arXiv 2510.09658); *TIES* and *magnitude* keep \
+the largest elements of each matrix, and differ for a single update in how many; *DARE* keeps random ones, which it \
+scales up; *SVD* cuts each matrix to its largest singular values. Arms without results are left out. \
 Every update is scored at scales of 0.05 (real pair: 0.5) to 1.5.
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
@@ -51,10 +52,11 @@ which both styles begin. *near* is the real pair of [the study on a real model](
 the embedded pair, 25 tool calls or 40 solutions on the real one). \
 *KL* is the divergence from the untouched Instruct on rows of what it could do before. *Equal KL* is the smaller of \
 the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the lowest loss on the rows for \
-choosing); every arm is scaled to it. Arms that are trained have the rate of three whose loss there is the lowest on \
-the rows for choosing, and changes of B2I's update that of B2I. Where a seed of an arm never diverges so far, it is \
-not compared. Between measured scales, losses are linear in the square root of the divergence, which makes them a \
-little too high where they are convex; that of the arm whose divergence at scale 1 is the level is measured there. \
+choosing). Every arm is scaled until it first diverges so far, and scored there; the scale is found to a thousandth. \
+An arm of which a seed doesn't diverge so far at 4 times its update is not compared. Arms that are trained have the \
+rate of three whose loss at equal KL is the lowest on the rows for choosing, and changes of B2I's update that of B2I. \
+For the choice of rates, and where an arm is marked with \\*, losses are interpolated between the scales that were \
+scored, linearly in the square root of the divergence: a little too high where they are convex. \
 Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \
 between seeds, and not corrected for their number.
 """
@@ -66,9 +68,8 @@ its α is in brackets.
 _GAINS = """\
 How much lower the loss on the reported rows is than that of B2I at scale 1, and than that of one fitted scale, which \
 is found by the same objective on the same rows in as many steps: first with all updates as they were fitted, whose \
-divergences differ, and then at equal KL, where one fitted scale is B2I itself, except for the scales between which \
-losses are interpolated. *Scales* are the smallest and the largest over all groups and seeds. 20 steps from 1 move a \
-scale to 0.475 or 1.525 at most, or a little further: the best ones may lie beyond, also the best single one.
+divergences differ, and then at equal KL, where one fitted scale is B2I itself. *Scales* are the smallest and the \
+largest over all groups and seeds; 40 steps from 1 can move a scale to about -1.05 or 3.05.
 """
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
@@ -77,6 +78,31 @@ NAMES = {
     "dare": "DARE (20 %)", "magnitude": "magnitude (10 %)", "svd8": "SVD (rank 8)",
 }  # fmt: skip
 assert set(NAMES) == {"B", "I", *ANCHORS, *CHANGED}
+
+
+class Compared(Setting):
+    """A setting with the scores at equal KL that have been measured."""
+
+    def __init__(self, results: Path, others: Path, pair: str, task: str, method: str) -> None:
+        """Read a setting, and the arms of a real pair that another study has trained."""
+        is_alone = (results / pair / f"{task}_untouched.json").exists()
+        super().__init__(results if is_alone else others, pair, task, method)
+        if not is_alone:
+            files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
+            self.runs += [read_run(file, self.instruct) for file in files]
+        self._results = results
+
+    def measured(self, run: Run) -> AtLevel | None:
+        """What was measured of a run at equal KL; None if nothing was, or at another divergence."""
+        found = read_level(file_of(self._results, self.name, run), run)
+        return found if found and math.isclose(found.kl, level(self), rel_tol=1e-6) else None
+
+    def at_level(self, run: Run, name: str = "report") -> Rows | None:
+        """Scores of a set at equal KL, measured or else interpolated; None if the update doesn't diverge so far."""
+        found = self.measured(run)
+        if found is None:
+            return run.at_divergence(level(self), name)
+        return found.scores.get(name)
 
 
 def level(setting: Setting) -> float:
@@ -102,22 +128,21 @@ def rates_at_level(setting: Setting) -> dict[str, float]:
     return {source: lr for source, (_, _, lr) in best.items()}
 
 
-def runs_of(setting: Setting, source: str) -> list[Run]:
+def runs_of(setting: Compared, source: str) -> list[Run]:
     """The runs of an arm at its rate, by seed; none of an arm that was not run. B2I's changed update has B2I's rate."""
     lr = rates_at_level(setting).get("B" if source in CHANGED else source)
     return sorted((r for r in setting.runs if r.source == source and r.lr == lr), key=lambda run: run.seed)
 
 
-def better_by(setting: Setting, source: str, than: str, *, as_it_is: bool = False) -> Interval | None:
+def better_by(setting: Compared, source: str, than: str, *, as_it_is: bool = False) -> Interval | None:
     """How much lower the loss of an arm is than that of another, over the seeds of both.
 
     Both are scaled to equal KL; or ``as_it_is``, at scale 1. None if a seed of one never diverges so far: those that
     do would be a selection.
     """
-    kl = level(setting)
 
     def rows_of(run: Run) -> Rows | None:
-        return run.path[1.0]["report"] if as_it_is else run.at_divergence(kl)
+        return run.path[1.0]["report"] if as_it_is else setting.at_level(run)
 
     others = {run.seed: rows_of(run) for run in runs_of(setting, than)}
     pairs = [(rows_of(run), others[run.seed]) for run in runs_of(setting, source) if run.seed in others]
@@ -125,32 +150,34 @@ def better_by(setting: Setting, source: str, than: str, *, as_it_is: bool = Fals
     return advantage(found) if found and len(found) == len(pairs) else None
 
 
-def best_anchors(setting: Setting) -> str | None:
+def best_anchors(setting: Compared) -> str | None:
     """The arm with anchors and without KL whose loss at equal KL is the lowest on the rows for choosing."""
     losses = {}
     for source in (arm for arm, options in ANCHORS.items() if "kl" not in options):
-        scores = [run.at_divergence(level(setting), "choice") for run in runs_of(setting, source)]
+        scores = [setting.at_level(run, "choice") for run in runs_of(setting, source)]
         known = [per_token(one) for one in scores if one is not None]
         if known and len(known) == len(scores):
             losses[source] = fmean(known)
     return min(losses, key=losses.__getitem__) if losses else None
 
 
-def _scores(setting: Setting) -> str:
+def _scores(setting: Compared) -> str:
     lines = [["Instruct", NONE, f"{per_token(setting.instruct['report']):.3f}", NONE, "0", NONE, NONE, NONE]]
     for source, name in NAMES.items():
         runs = runs_of(setting, source)
         if not runs:
             continue
         at_one = [run.path[1.0] for run in runs]
-        equal = [rows for rows in (run.at_divergence(level(setting)) for run in runs) if rows is not None]
+        equal = [rows for rows in map(setting.at_level, runs) if rows is not None]
+        is_measured = all(map(setting.measured, runs))
         both = [better_by(setting, source, other) for other in "BI"]
         lines.append(
             [
                 name, f"{runs[0].lr:g}", shown([per_token(one["report"]) for one in at_one]),
                 shown([100 * fmean(one["report"][:, EXACT]) for one in at_one], 1),
                 shown([run.divergence(1.0) for run in runs]),
-                shown([per_token(rows) for rows in equal]) if len(equal) == len(runs) else "not reached",
+                shown([per_token(r) for r in equal]) + ("" if is_measured else "\\*")
+                if len(equal) == len(runs) else "not reached",
                 *(interval_text(found) if found and other != source else NONE
                   for found, other in zip(both, "BI", strict=True)),
             ]
@@ -159,7 +186,7 @@ def _scores(setting: Setting) -> str:
     return markdown_table(headings, lines)
 
 
-def _overview(settings: Sequence[Setting], than: str) -> str:
+def _overview(settings: Sequence[Compared], than: str) -> str:
     """How much better than B2I or I2I the best anchors, and all other arms, are in each setting."""
     best = [(setting, best_anchors(setting)) for setting in settings]
     lines = [
@@ -176,7 +203,7 @@ def _overview(settings: Sequence[Setting], than: str) -> str:
     return markdown_table(("arm", *(setting.name for setting in settings)), known)
 
 
-def _gains(settings: Sequence[Setting]) -> str:
+def _gains(settings: Sequence[Compared]) -> str:
     """What fitted scales gain over scale 1, and those by group over a single one."""
     lines = []
     for setting in settings:
@@ -199,7 +226,7 @@ def _text(found: Interval | None) -> str:
     return interval_text(found) if found else NONE
 
 
-def plot(settings: Sequence[Setting], target: Path) -> None:
+def plot(settings: Sequence[Compared], target: Path) -> None:
     """Learned against forgotten: the mean over seeds of every arm at its chosen rate, through its scales."""
     columns = min(2, len(settings))
     count = -(-len(settings) // columns)
@@ -220,20 +247,10 @@ def plot(settings: Sequence[Setting], target: Path) -> None:
     save(figure, settings, target, "KL from the Instruct (nats per token, square-root axis)")
 
 
-def find(results: Path, others: Path, pair: str, task: str, method: str) -> Setting:
-    """A setting with its results, and with the arms of a real pair that another study has trained."""
-    if (results / pair / f"{task}_untouched.json").exists():
-        return Setting(results, pair, task, method)
-    setting = Setting(others, pair, task, method)
-    files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
-    setting.runs += [read_run(file, setting.instruct) for file in files]
-    return setting
-
-
-def finished(results: Path, others: Path) -> list[Setting]:
+def finished(results: Path, others: Path) -> list[Compared]:
     """The settings that have results of the two arms that all others are compared with."""
     names = [(folder.parent.name, *folder.name.rsplit("_", 1)) for folder in sorted(results.glob("*/*_*/"))]
-    found = [find(results, others, *name) for name in names]
+    found = [Compared(results, others, *name) for name in names]
     return [setting for setting in found if {"B", "I"} <= set(setting.chosen)]
 
 

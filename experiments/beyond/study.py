@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,10 +27,12 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-from experiments.beyond.arms import ANCHORS, CHANGED, anchors_of, changed
-from experiments.beyond.report import find, rates_at_level, write_report
+from experiments.beyond.arms import ANCHORS, CHANGED, FIT, anchors_of, changed
+from experiments.beyond.level import file_of, write_level
+from experiments.beyond.report import NAMES, Compared, level, rates_at_level, runs_of, write_report
 from experiments.real import study as real
 from experiments.real.reading import read_result
+from experiments.real.report import Run
 from experiments.real.rows import Row, write
 from experiments.real.score import Scorer
 from experiments.real.study import Study, Training, digest, read_rows, run, trainings
@@ -81,19 +84,45 @@ class Beyond(Study):
         if training.source not in CHANGED:
             return super().delta_for(training, scorer)
         delta, rows = Delta.open(self.delta_of(training)), self.calibration(training)
-        found, about = changed(training.source, delta, scorer, rows, training.seed)
+        file = self.results / f"{training.name}.json"
+        known = read_result(file, dict) if self.is_finished(training, self.results) else {}
+        found, about = changed(training.source, delta, scorer, rows, training.seed, known)
         return found, {**about, "calibration": self.calibration_id(training)}
 
     def is_finished(self, training: Training, results: Path) -> bool:
         """Whether there is a result by its recipe, and by the rows that it was changed by if the update is changed."""
-        if not super().is_finished(training, results):
-            return False
+        if not super().is_finished(training, results) or training.source not in CHANGED:
+            return super().is_finished(training, results)
         known = read_result(results / f"{training.name}.json", lambda raw: raw.get("calibration"))
-        return known in (None, self.calibration_id(training))  # the first results don't have it
+        return bool(known == self.calibration_id(training))
 
     def calibration_id(self, training: Training) -> str:
-        """A digest of the rows by which an update may be changed."""
-        return digest(file.read_bytes() for file in self.calibration(training).values())
+        """A digest of the rows by which an update may be changed, and of the options of a fit."""
+        options = json.dumps(FIT).encode() if training.source.startswith("fitted") else b""
+        return digest((options, *(file.read_bytes() for file in self.calibration(training).values())))
+
+    def meet(self, training: Training, kl: float) -> None:
+        """Score a training's update also where it diverges from the Instruct by ``kl``, unless that has been done."""
+        setting, run = self._find(training)
+        known = setting.measured(run)
+        if known is None or known.kl != kl:
+            self.in_a_process("level", {"training": training.__dict__, "kl": kl})
+
+    def do(self, step: str, arguments: dict[str, Any]) -> None:
+        if step != "level":
+            return super().do(step, arguments)
+        training = Training(**arguments["training"])
+        setting, run = self._find(training)
+        scorer = self.scorer(training.pair, training.task)
+        delta, _ = self.delta_for(training, scorer)
+        write_level(file_of(self.results, setting.name, run), run, arguments["kl"], scorer, delta)
+        return None
+
+    def _find(self, training: Training) -> tuple[Compared, Run]:
+        """A training's setting, and its run there."""
+        setting = Compared(self.results, real.RESULTS, training.pair, training.task, training.method)
+        which = (training.source, training.lr, training.seed)
+        return setting, next(run for run in setting.runs if (run.source, run.lr, run.seed) == which)
 
     def delta_of(self, training: Training) -> Path:
         if training.source in CHANGED:  # nothing is trained: the Base's update is changed
@@ -126,7 +155,8 @@ class Embedded(Beyond):
             for part, rows in {**parts, "early": styled[:8], "fit": styled}.items():
                 write(map(_messages, rows), self.data / f"{task}_{part}.jsonl")
         write([_messages(row) for rows in kept for row in rows[:_NUM_KEPT]], self.data / "general.jsonl")
-        write([_messages(row) for rows in kept for row in rows[_NUM_KEPT : 2 * _NUM_KEPT]], self.data / "kept.jsonl")
+        others = zip(*(rows[_NUM_KEPT : 2 * _NUM_KEPT] for rows in kept), strict=True)  # the first ones of all kinds
+        write([_messages(row) for rows in others for row in rows], self.data / "kept.jsonl")
 
     def instruct(self, pair: str) -> Path:
         return ROOT / "shadowlit/demo/pair/instruct"
@@ -201,11 +231,16 @@ def main() -> None:
             rates |= dict.fromkeys(ANCHORS, rates["I"])
             study.remove_others(*setting)
             list(pool.map(study.train_and_score, trainings(setting, rates, None)))
-            chosen = rates_at_level(find(RESULTS, real.RESULTS, *setting))
+            chosen = rates_at_level(Compared(RESULTS, real.RESULTS, *setting))
             list(pool.map(study.train_and_score, trainings(setting, rates, chosen)))
             for source in CHANGED:
                 list(pool.map(study.train_and_score, _at(setting, source, chosen["B"])))
             study.measure_cosines(*setting)
+            compared = Compared(RESULTS, real.RESULTS, *setting)
+            found = [run for source in NAMES for run in runs_of(compared, source)]
+            at_rates = [Training(*setting, run.source, run.lr, run.seed) for run in found]
+            list(pool.map(study.delta_of, [training for training in at_rates if training.source not in CHANGED]))
+            list(pool.map(partial(study.meet, kl=level(compared)), at_rates))
             write_report(RESULTS, HERE, real.RESULTS)
     return None
 

@@ -9,9 +9,10 @@ import torch
 
 from experiments.beyond import arms
 from experiments.beyond.arms import CHANGED, Given, signs_of
-from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
+from experiments.beyond.level import file_of, read_level, scale_at
+from experiments.beyond.report import Compared, best_anchors, better_by, finished, level, rates_at_level, write_report
 from experiments.beyond.study import Beyond, Embedded
-from experiments.real.report import Setting
+from experiments.real.report import KL, per_token, rows
 from experiments.real.study import Training
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
@@ -37,13 +38,85 @@ def test_every_arm_is_compared_where_it_diverges_as_much_as_the_smaller_of_the_t
     write_setting(tmp_path)  # B2I diverges by 0.2 at scale 1, and has losses of 1.6 and 1.7 there; I2I 0.7 at 0.2
     add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5))  # between 0.5 and 1 at 0.2
     add_arm(tmp_path, "A0.25", (0.5, 0.5, 0.5), (0.01, 0.02, 0.03), choice=0.1)  # never diverges so far
-    setting = Setting(tmp_path, "near", "tools", "lora")
+    setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
     assert level(setting) == pytest.approx(0.2)
     there = 1.0 - 0.2 * (0.2**0.5 - 0.1**0.5) / (0.3**0.5 - 0.1**0.5)  # linear in the root of the divergence
     assert better_by(setting, "A0.5", "B").difference == pytest.approx(1.65 - there)
     assert better_by(setting, "A0.5", "I").difference == pytest.approx(0.7 - there)
     assert better_by(setting, "A0.25", "B") is None
     assert best_anchors(setting) == "A0.5"  # the other has lower losses on the rows for choosing, but not at equal KL
+
+
+def test_the_scale_of_a_divergence_is_found():
+    """Of 0.2 s² exactly; between the measured scales, at one of them, and beyond, up to 4."""
+
+    def divergence(scale):
+        asked.append(scale)
+        return 0.2 * scale**2
+
+    known = {scale: 0.2 * scale**2 for scale in (0.0, 0.5, 1.0, 1.5)}
+    for scale, most in ((0.01, 8), (0.8, 8), (1.0, 0), (2.9, 8), (4.0, 2)):
+        asked = []
+        assert scale_at(0.2 * scale**2, known, divergence) == pytest.approx(scale, rel=2e-3) and len(asked) <= most
+    asked = []
+    assert scale_at(0.2 * 4.01**2, known, divergence) is None and asked == [3.0, 4.0]
+    # A divergence that falls again: where it is reached first.
+    assert scale_at(0.1, {0.0: 0.0, 1.0: 0.2, 1.5: 0.05, 2.0: 0.3}, lambda scale: 0.2 * scale**2) < 1.0
+
+
+def test_what_is_measured_at_the_level_counts_before_what_lies_between_scales(tmp_path):
+    """Of this recipe and at this level alone; the report marks what is interpolated."""
+    write_setting(tmp_path)
+    add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5), recipe="now")
+
+    def read():
+        write_report(tmp_path, tmp_path, tmp_path)
+        (line,) = [line for line in (tmp_path / "REPORT.md").read_text().splitlines() if "| anchors 0.5 |" in line]
+        setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
+        return better_by(setting, "A0.5", "I").difference, line.split(" | ")[5]
+
+    interpolated, text = read()
+    assert text == "0.887\\*"
+    file = tmp_path / "near/tools_lora/level/A0.5_lr0.0001_seed0.json"
+    file.parent.mkdir()
+    measured = {name: scores([0.3, 0.3], 0.2) for name in ("report", "choice")}
+    for recipe, kl, expected in (
+        ("now", 0.2, (pytest.approx(0.4), "0.300")),
+        ("before", 0.2, (interpolated, text)),
+        ("now", 0.25, (interpolated, text)),
+    ):
+        made = {"made": [recipe, None], "kl": kl, "scale": 0.7, "scores": measured}
+        file.write_text(json.dumps(made))
+        assert read() == expected
+    file.write_text(json.dumps({"made": ["now", None], "kl": 0.2, "scale": None, "scores": {}}))
+    write_report(tmp_path, tmp_path, tmp_path)
+    assert "| not reached |" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_an_update_is_scored_where_it_diverges_as_asked(tmp_path, monkeypatch):
+    """On the embedded pair, with an update of noise: the divergence there is the one asked for to half a per cent."""
+    study = Embedded(tmp_path)
+    study.results = tmp_path / "results"
+    study.prepare([])
+    study.untouched("embedded", "skill_bare")
+    scorer = study.scorer("embedded", "skill_bare")
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = Delta.of({name: torch.randn(scorer.weights[name].shape, generator=generator) * 0.01})
+    training = Training("embedded", "skill_bare", "lora", "B", 1e-3, 0)
+    monkeypatch.setattr(study, "delta_for", lambda training, scorer: (delta, {}))
+    monkeypatch.setattr(study, "delta_of", lambda training: tmp_path / "none-delta" / "delta")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
+    study.score(training)
+    _, run = study._find(training)
+    for kl in (1.7 * run.divergence(0.5), 3.1 * run.divergence(1.5)):
+        study.meet(training, kl)
+        found = read_level(file_of(study.results, "embedded/skill_bare_lora", run), run)
+        assert per_token(found.scores["general"], KL) == pytest.approx(kl, rel=5e-3)
+        scorer.load_graft(delta, found.scale)
+        again = rows(scorer.measure("report"))
+        assert (again == found.scores["report"]).all() and not (again == run.path[1.0]["report"]).all()
 
 
 def test_seeds_that_reach_the_divergence_are_no_selection(tmp_path):
@@ -54,9 +127,9 @@ def test_seeds_that_reach_the_divergence_are_no_selection(tmp_path):
         kls = {"B": (0.1, 0.2, 0.4), "I": (0.2, 0.6, 0.9)}
         for source in "BI":
             add_arm(tmp_path, source, (1.7, 1.6, 1.5), kls[source], seed=seed, lr=2e-4)
-    assert better_by(Setting(tmp_path, "near", "tools", "lora"), "A0.5", "B") is not None
+    assert better_by(Compared(tmp_path, tmp_path, "near", "tools", "lora"), "A0.5", "B") is not None
     add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.01, 0.02, 0.03), seed=1)
-    setting = Setting(tmp_path, "near", "tools", "lora")
+    setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
     assert better_by(setting, "A0.5", "B") is None and better_by(setting, "A0.5", "B", as_it_is=True) is not None
 
 
@@ -64,23 +137,25 @@ def test_a_changed_update_has_the_rate_of_b2i(tmp_path):
     """Also where there are results at another rate, as B2I had it once."""
     write_setting(tmp_path)
     add_arm(tmp_path, "ties", (1.0, 0.8, 0.8), (0.2, 0.3, 0.5), choice=0.1, lr=1e-4)
-    setting = Setting(tmp_path, "near", "tools", "lora")
+    setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
     assert rates_at_level(setting)["B"] == 2e-4 and better_by(setting, "ties", "B") is None
     add_arm(tmp_path, "ties", (1.0, 0.8, 0.8), (0.2, 0.3, 0.5), choice=5.0)
-    assert better_by(Setting(tmp_path, "near", "tools", "lora"), "ties", "B").difference == pytest.approx(0.65)
+    assert better_by(Compared(tmp_path, tmp_path, "near", "tools", "lora"), "ties", "B").difference == pytest.approx(
+        0.65
+    )
 
 
 def test_a_changed_update_is_made_again_for_other_rows(tmp_path):
-    """The recipe of its training is the same, but what it was changed by is not; the first results don't say it."""
+    """The recipe of its training is the same, but what it was changed by is not."""
     study = Embedded(tmp_path)
     study.prepare([])
     training = Training("embedded", "skill_bare", "lora", "fitted_all", 1e-3, 0)
     file = tmp_path / "results" / f"{training.name}.json"
     file.parent.mkdir(parents=True)
     recipe = {"recipe": study.recipe_id(training)}
-    for more in ({}, {"calibration": study.calibration_id(training)}):
+    for more, is_finished in ({}, False), ({"calibration": study.calibration_id(training)}, True):
         file.write_text(json.dumps(recipe | more))
-        assert study.is_finished(training, tmp_path / "results")
+        assert study.is_finished(training, tmp_path / "results") == is_finished
     kept = study.data / "kept.jsonl"
     kept.write_text(kept.read_text().replace("a", "b"))
     assert study.recipe_id(training) == recipe["recipe"] and not study.is_finished(training, tmp_path / "results")
@@ -96,7 +171,9 @@ def test_an_odd_number_of_rows_votes(monkeypatch):
 
     monkeypatch.setattr(arms, "signs_of", signs)
     for count in (1, 12, 13, 31, 60):
-        CHANGED["gradfix"](Delta.of({"a": torch.ones(2)}), Given(SimpleNamespace(model=None), [None] * count, [], 0))
+        CHANGED["gradfix"](
+            Delta.of({"a": torch.ones(2)}), Given(SimpleNamespace(model=None), [None] * count, [], 0, {})
+        )
     assert asked == [1, 11, 13, 31, 31]
 
 
@@ -110,7 +187,7 @@ def test_rates_are_chosen_where_the_arms_are_compared(tmp_path):
     for scale, loss, kl in (("0.5", 1.5, 0.2), ("1", 0.1, 0.9), ("1.5", 0.1, 2.0)):
         raw["scores"][scale] |= {"choice": scores([loss], kl), "general": scores([1.0], kl)}
     file.with_name("late_lr0.0002_seed0.json").write_text(json.dumps(raw))
-    setting = Setting(tmp_path, "near", "tools", "lora")
+    setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
     assert setting.chosen["late"] == 2e-4 and rates_at_level(setting)["late"] == 1e-4
 
 
@@ -119,7 +196,7 @@ def test_scales_by_group_are_compared_with_one_scale(tmp_path):
     write_setting(tmp_path)
     add_arm(tmp_path, "fitted_all", (1.4, 1.2, 1.0), (0.2, 0.3, 0.5), scales={"all": 1.25})
     add_arm(tmp_path, "fitted_layer", (1.5, 0.8, 0.8), (0.2, 0.3, 0.5), scales={"layer_00": 1.5, "other": 1.0})
-    setting = Setting(tmp_path, "near", "tools", "lora")
+    setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
     expected = {("fitted_all", "B"): (0.45, 0.25), ("fitted_layer", "B"): (0.85, 0.15)}
     expected |= {("fitted_layer", "fitted_all"): (0.4, -0.1)}
     for (source, than), differences in expected.items():
@@ -152,7 +229,7 @@ def test_updates_are_transformed():
     matrix = torch.arange(1.0, 21).reshape(4, 5) * torch.tensor([1.0, -1, 1, -1, 1])
 
     def change(source, update, seed=0):
-        found, about = CHANGED[source](Delta.of({"a": update}), Given(None, [], [], seed))
+        found, about = CHANGED[source](Delta.of({"a": update}), Given(None, [], [], seed, {}))
         assert about["kept"] == found.tensor("a").count_nonzero().item() / update.numel()
         return found.tensor("a")
 
