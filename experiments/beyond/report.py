@@ -54,7 +54,8 @@ the embedded pair, 25 tool calls or 40 solutions on the real one). \
 the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the lowest loss on the rows for \
 choosing). Every arm is scaled until it first diverges so far, and scored there; the scale is found to a thousandth. \
 An arm of which a seed doesn't diverge so far at 4 times its update is not compared. Arms that are trained have the \
-rate of three whose loss at equal KL is the lowest on the rows for choosing, and changes of B2I's update that of B2I. \
+rate whose loss at equal KL is the lowest on the rows for choosing (of three; on the real pair, anchors have those of \
+B2I and I2I to choose from), and changes of B2I's update that of B2I. \
 For the choice of rates, and where an arm is marked with \\*, losses are interpolated between the scales that were \
 scored, linearly in the square root of the divergence: a little too high where they are convex. \
 Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \

@@ -6,7 +6,7 @@
 Trains one update on both anchors at several weights of the Instruct, changes the Base's update in the ways that
 ``arms.py`` lists, scores every scale of all of them row by row, and writes ``experiments/beyond/results`` and
 ``REPORT.md``. What is finished is skipped. The real pairs, their rows and the two arms that they share with
-``experiments/real`` are that study's, so it comes first.
+``experiments/real`` are that study's, so it comes first; on them anchors have the rates that B2I and I2I chose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -208,11 +208,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/beyond"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="settings, e.g. embedded/skill_bare_lora")
+    arms = [arm for arm in NAMES if arm not in ("B", "I")]
+    parser.add_argument("--arms", nargs="*", choices=arms, default=arms, help="besides B2I and I2I; all by default")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
     runs = given.runs.resolve()
     embedded = Embedded(runs)
-    pairs: dict[str, Study] = {"embedded": embedded}
+    pairs: dict[str, Beyond] = {"embedded": embedded}
     if given.shared:
         pairs |= dict.fromkeys(real.PAIRS, Beyond(given.shared.resolve(), runs, RESULTS))
     os.chdir(ROOT)  # the configurations of the embedded pair name its files from there
@@ -221,32 +223,35 @@ def main() -> None:
     settings = [s for s in _SETTINGS if s[0] in pairs and (not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only)]
     with ThreadPoolExecutor(given.workers) as pool:
         for setting in settings:
-            pair, task, method = setting
-            study = pairs[pair]
-            study.prepare([pair])
-            # Of a real pair they are the other study's, which `find` reads.
-            home = study if pair == "embedded" else Study(study.shared, study.runs)
-            home.untouched(pair, task)
-            rates = dict.fromkeys(("B", "I"), RATES[method]) if pair == "embedded" else real.rates_of(setting)
-            rates |= dict.fromkeys(ANCHORS, rates["I"])
-            study.remove_others(*setting)
-            list(pool.map(study.train_and_score, trainings(setting, rates, None)))
-            chosen = rates_at_level(Compared(RESULTS, real.RESULTS, *setting))
-            list(pool.map(study.train_and_score, trainings(setting, rates, chosen)))
-            for source in CHANGED:
-                list(pool.map(study.train_and_score, _at(setting, source, chosen["B"])))
-            study.measure_cosines(*setting)
-            compared = Compared(RESULTS, real.RESULTS, *setting)
-            found = [run for source in NAMES for run in runs_of(compared, source)]
-            at_rates = [Training(*setting, run.source, run.lr, run.seed) for run in found]
-            list(pool.map(study.delta_of, [training for training in at_rates if training.source not in CHANGED]))
-            list(pool.map(partial(study.meet, kl=level(compared)), at_rates))
+            pairs[setting[0]].prepare(setting[:1])
+            run_setting(pairs[setting[0]], setting, given.arms, pool)
             write_report(RESULTS, HERE, real.RESULTS)
     return None
 
 
-def _at(setting: tuple[str, str, str], source: str, lr: float) -> list[Training]:
-    return [Training(*setting, source, lr, seed) for seed in real.SEEDS]
+def run_setting(study: Beyond, setting: tuple[str, str, str], arms: Container[str], pool: ThreadPoolExecutor) -> None:
+    """Run what is missing of a setting: B2I, I2I and these arms."""
+    pair, task, method = setting
+    # Of a real pair B2I and I2I are the other study's, which `Compared` reads.
+    home = study if pair == "embedded" else Study(study.shared, study.runs)
+    home.untouched(pair, task)
+    study.remove_others(*setting)
+    rates = dict.fromkeys(("B", "I"), RATES[method]) if pair == "embedded" else real.rates_of(setting)
+    list(pool.map(study.train_and_score, trainings(setting, rates, None)))
+    chosen = rates_at_level(Compared(RESULTS, real.RESULTS, *setting))
+    own = rates["I"] if pair == "embedded" else tuple({chosen["B"]: 0, chosen["I"]: 0})
+    rates |= {arm: own for arm in ANCHORS if arm in arms}
+    list(pool.map(study.train_and_score, trainings(setting, rates, None)))
+    chosen = rates_at_level(Compared(RESULTS, real.RESULTS, *setting))
+    list(pool.map(study.train_and_score, trainings(setting, rates, {arm: chosen[arm] for arm in rates})))
+    for source in (arm for arm in CHANGED if arm in arms):
+        list(pool.map(study.train_and_score, [Training(*setting, source, chosen["B"], seed) for seed in real.SEEDS]))
+    study.measure_cosines(*setting)
+    compared = Compared(RESULTS, real.RESULTS, *setting)
+    found = [run for arm in NAMES if arm in ("B", "I") or arm in arms for run in runs_of(compared, arm)]
+    at_rates = [Training(*setting, run.source, run.lr, run.seed) for run in found]
+    list(pool.map(study.delta_of, [training for training in at_rates if training.source not in CHANGED]))
+    list(pool.map(partial(study.meet, kl=level(compared)), at_rates))
 
 
 if __name__ == "__main__":
