@@ -178,8 +178,9 @@ class Study:
         return scorer
 
     def reference_of(self, pair: str, task: str) -> Path:
-        """File of the untouched Instruct's states on the rows of a task; other rows have another file."""
-        return self.runs / f"{pair}-{task}-{digest(file.read_bytes() for file in self.sets(task).values())}.pt"
+        """File of the untouched Instruct's states on the rows of a task; other rows or models have another file."""
+        parts = (self.models_id(pair).encode(), *(file.read_bytes() for file in self.sets(task).values()))
+        return self.runs / f"{pair}-{task}-{digest(parts)}.pt"
 
     def _untouched_files(self, pair: str, task: str) -> tuple[Path, Path]:
         return self.results / pair / f"{task}_untouched.json", self.reference_of(pair, task)

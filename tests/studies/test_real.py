@@ -225,12 +225,19 @@ def test_a_condensed_set_has_the_sums_and_means_of_its_rows():
     assert one == [[13.0, 9.0, 2.0, 0.5, 2.0]] and condense([row[:4] for row in many]) == [[13.0, 9.0, 2.0, 0.5]]
 
 
+def write_models(study):
+    for folder in (study.base, study.instruct("near")):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+
 def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     study = Study(tmp_path / "shared", tmp_path / "runs", tmp_path / "results")
     training = Training("near", "tools", "lora", "B", 1e-3, 0)
     for name in ("tools_train", "tools_choice", "tools_report", "alpaca", "identity"):
         write([chat("a", name)], study.data / f"{name}.jsonl")
     write_setting(study.results)
+    write_models(study)
     file = study.results / "near" / "tools_lora" / "B_lr0.0002_seed0.json"
     other = file.with_name("B_lr0.0001_seed0.json")
     raw = json.loads(file.read_text())
@@ -245,15 +252,15 @@ def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     before.add(study.recipe_id(training))
     write([chat("a", "another")], study.data / "identity.jsonl")
     before.add(study.recipe_id(training))
-    assert study.reference_of("near", "tools") != reference  # the untouched models are scored on the new rows too
+    references = {reference, study.reference_of("near", "tools")}
+    (study.instruct("near") / "model.safetensors").write_bytes(b"others")
+    assert len(references | {study.reference_of("near", "tools")}) == 3  # new rows and new models are scored too
     assert len(before) == 3 and study.recipe_id(training) in before
 
 
 def test_the_report_says_on_which_models_results_were_made(tmp_path):
     study = Study(tmp_path, tmp_path, tmp_path / "results")
-    for folder in (study.base, study.instruct("near")):
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"weights")
+    write_models(study)
     before = study.models_id("near")
     (study.base / "model.safetensors").write_bytes(b"others")
     assert study.models_id("near") != before
@@ -339,6 +346,7 @@ def test_models_are_measured_once_and_in_processes_of_their_own(tmp_path, monkey
     monkeypatch.setattr(study, "in_a_process", lambda step, arguments: asked.append((step, *arguments.values())))
     for name in ("tools_choice", "tools_report", "alpaca", "identity", "gsm8k_report", "gsm8k_train"):
         write([chat("a", name)], study.data / f"{name}.jsonl")
+    write_models(study)
     (study.results / "near").mkdir(parents=True)
     (study.results / "near" / "tools_untouched.json").touch()
     study.untouched("near", "tools")  # its reference is missing
