@@ -4,7 +4,7 @@
 
 Makes the settings' data, runs ``compare`` on each of the twelve (four or five learning rates and three seeds per arm,
 300 trainings in all), and writes ``experiments/embedded/REPORT.md`` and its plots. What is finished is skipped, so
-it can be interrupted. 52 to 101 minutes on two cores, by their speed, where little else runs.
+it can be interrupted. 52 to 101 minutes on two cores, depending on their speed, with little else running.
 """
 
 from __future__ import annotations
