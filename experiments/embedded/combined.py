@@ -68,8 +68,8 @@ def combine(reports: Mapping[str, Report], description: Description) -> str:
         f"# {description.title}",
         origin(description),
         "Mean score over a setting's evaluators in % on the reported half of their rows, each arm at the rate that "
-        "was best on the other half; mean ± standard error over seeds. Differences in points with their 95 % "
-        "bootstrap interval.",
+        "was best on the other half; mean ± standard error over seeds. Differences in points with their 95 % interval, "
+        "by a bootstrap where none is called exact.",
         f"## Overview\n\n{_overview(reports)}",
         "## Over all settings\n\n" + bullets([_over_all(reports, i) for i in range(len(COMPARED))]),
         f"## What might predict the gain, over all settings\n\n{_pooled(reports)}\n\n![predictors](predicting.png)",

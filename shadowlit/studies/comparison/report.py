@@ -142,8 +142,8 @@ def _legend(report: Report) -> str:
         rows = f" Rows for the choice + reported: {', '.join(counts)}."
     if not scoring.metrics and not scoring.choose:
         return text + (
-            "Each arm's learning rate is the one with the best mean score on one half of the rows (even positions); "
-            f"scores are of the other half.{rows}"
+            "Each arm's learning rate is the one with the best mean score on one half of the rows, drawn by a "
+            f"hash of their positions; scores are of the other half.{rows}"
         )
     by, way = scoring.choose or scoring.mean, "highest" if scoring.choice.higher else "lowest"
     chosen = next(iter(by)) if len(by) == 1 else f"mean of {_listed(list(by))}"
@@ -154,7 +154,7 @@ def _legend(report: Report) -> str:
         )
         text += f"Scores are metrics of the last validation, each of the arm's own model: {read}."
     if scoring.evaluators:
-        text += " Evaluators have the scores of every other row (odd positions)."
+        text += " Evaluators have the scores of one half of their rows, drawn by a hash of their positions."
     if scoring.sharing:
         text += f" The choice and {' and '.join(scoring.sharing)} share rows: the reported scores flatter the arms."
     return text + rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ _EQUAL = 1e-9  # scores are sums of fractions; their order of addition must not 
 def halves_of(rows: Iterable[Row], evaluator: str) -> tuple[list[int], list[int]]:
     """Return the indices of an evaluator's samples for the selection, and to be reported.
 
-    Samples at even positions, in the order of their index among all that any row has, are for the selection. The
-    halves depend on the indices alone, so that all arms, rates and seeds share them.
+    The samples of all rows are put in an arbitrary order, by a hash of their index, and every other one is for the
+    selection: files often alternate between kinds of questions, and each half should have all kinds. The halves depend
+    on the indices alone, so that all arms, rates and seeds share them.
     """
-    order = sorted({index for row in rows for index in row.samples.get(evaluator, {})})
-    return order[::2], order[1::2]
+    found = {index for row in rows for index in row.samples.get(evaluator, {})}
+    order = sorted(found, key=lambda index: hashlib.sha256(str(index).encode()).digest())
+    return sorted(order[::2]), sorted(order[1::2])
 
 
 def seeds_of(rows: Iterable[Row]) -> list[int]:

@@ -11,6 +11,7 @@ from experiments.embedded.combined import combine, write_combined
 from shadowlit.errors import DataError
 from shadowlit.studies.comparison.report import render, sentence, write
 from shadowlit.studies.comparison.scoring import Measure, samples_of_sets
+from shadowlit.studies.comparison.selection import halves_of
 from shadowlit.studies.comparison.summary import OVER_INSTRUCT, Comparison, Description, barrier, summarise
 from shadowlit.studies.rows import LR, Row, to_csv
 from shadowlit.studies.statistics import Interval
@@ -30,6 +31,7 @@ SECTIONS = [
 ]
 PLOTS = {f"{stem}.{ending}" for stem in ("trade", "table", "predicting") for ending in ("png", "pdf")}
 FILES = {"REPORT.md", "table.csv", *PLOTS}
+_, REPORTED = halves_of([Row("Base", samples={"new": dict.fromkeys(range(80), 0.0)})], "new")
 WHAT = Description("Bare answers", "configs/x.yaml", "python -m shadowlit compare x")
 GAIN, KEEP = ["new"], ["old", "format"]
 
@@ -73,7 +75,7 @@ def test_a_report_has_all_files_and_sections(tmp_path):
 
 def test_the_table_is_of_the_reported_half_at_the_chosen_rate(report):
     found = [r for r in records() if (r.arm, r.lr, r.scale) == ("B2I", 1e-3, 1.0)]
-    by_seed = [100 * sum(r.samples["new"][i] for i in range(1, 80, 2)) / 40 for r in found]
+    by_seed = [100 * sum(r.samples["new"][i] for i in REPORTED) / 40 for r in found]
     mean, error = sum(by_seed) / 3, np.std(by_seed, ddof=1) / math.sqrt(3)
     cells = row(section(render(report), "Each arm at its chosen rate"), "B2I")
     assert cells[1:3] == ["1e-3", f"{mean:.1f} ± {error:.1f}"]
@@ -82,7 +84,9 @@ def test_the_table_is_of_the_reported_half_at_the_chosen_rate(report):
 def test_nothing_that_is_reported_depends_on_the_selection_half_but_the_choice(report):
     """All selection rows are made right everywhere: the differences at equal rates stay as they were."""
     changed = [
-        replace(r, samples={n: {i: s if i % 2 else 1.0 for i, s in rows.items()} for n, rows in r.samples.items()})
+        replace(
+            r, samples={n: {i: s if i in REPORTED else 1.0 for i, s in rows.items()} for n, rows in r.samples.items()}
+        )
         for r in records()
     ]
     again = told_of(changed)
@@ -91,10 +95,10 @@ def test_nothing_that_is_reported_depends_on_the_selection_half_but_the_choice(r
 
 
 def test_nothing_that_is_chosen_depends_on_the_reported_half(report):
-    changed = [
-        replace(r, samples={n: {i: 1.0 - s if i % 2 else s for i, s in rows.items()} for n, rows in r.samples.items()})
-        for r in records()
-    ]
+    def turned(rows):
+        return {i: 1.0 - score if i in REPORTED else score for i, score in rows.items()}
+
+    changed = [replace(r, samples={name: turned(rows) for name, rows in r.samples.items()}) for r in records()]
     again = told_of(changed)
     assert {arm: choice.best.lr for arm, choice in again.choices.items()} == {
         arm: choice.best.lr for arm, choice in report.choices.items()
@@ -300,7 +304,7 @@ def test_rows_that_are_all_alike_have_an_exact_interval():
 
 def test_rows_whose_differences_cancel_over_seeds_have_no_interval():
     """Not that of the first row, by which one arm would be better without any difference."""
-    right, left = {0: 0.0, 1: 1.0, 2: 0.0, 3: 0.0}, {0: 0.0, 1: 0.0, 2: 0.0, 3: 1.0}  # the odd rows are reported
+    right, left = {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}  # 0 and 2 are reported
     found = [Row("Instruct", samples={"new": right})]
     found += [trained("B2I", 1e-4, 0, samples={"new": right}), trained("B2I", 1e-4, 1, samples={"new": left})]
     found += [trained("I2I", 1e-4, 0, samples={"new": left}), trained("I2I", 1e-4, 1, samples={"new": right})]
@@ -342,7 +346,7 @@ def test_a_missing_seed_is_told_and_the_arm_compared_on_the_others():
 def test_a_score_that_is_nan_makes_its_evaluator_missing_not_smaller():
     found = records()
     spoilt = next(r for r in found if (r.arm, r.lr, r.seed, r.scale) == ("B2I", 1e-3, 1, 1.0))
-    spoilt.samples["old"][1] = math.nan
+    spoilt.samples["old"][REPORTED[0]] = math.nan
     report = told_of(found)
     standing = next(s for s in report.table if s.arm == "B2I")
     counts = [standing[f"reported/{what}"].count for what in ("old/score", "mean", "new/score")]
@@ -395,8 +399,8 @@ def test_scores_of_the_csv_are_those_of_the_records(report):
     (own,) = [line for line in lines if (line["arm"], line[LR], line["seed"]) == ("I2B", "0.0001", "2")]
     assert (own["trial"], own["state"], own["scale"]) == ("I_lr0.0001_seed2", "complete", "1.0")
     means = {
-        half: {name: sum(record.samples[name][i] for i in range(first, 80, 2)) / 40 for name in record.samples}
-        for half, first in (("selection", 0), ("reported", 1))
+        half: {name: sum(record.samples[name][i] for i in indices) / 40 for name in record.samples}
+        for half, indices in (("selection", set(range(80)) - set(REPORTED)), ("reported", REPORTED))
     }
     for half, scores in means.items():
         assert float(own[f"{half}/old/score"]) == pytest.approx(scores["old"])
@@ -428,8 +432,7 @@ def test_the_gain_of_a_graft_is_told_beside_what_was_known(report):
     own = next(r for r in records() if (r.arm, r.lr, r.seed, r.scale) == ("B2I", 1e-4, 0, 1.0))
     start = next(r for r in records() if r.arm == "Instruct")
     gains = [
-        sum(own.samples[name][i] - start.samples[name][i] for i in range(1, 80, 2)) / 40
-        for name in ("new", "old", "format")
+        sum(own.samples[name][i] - start.samples[name][i] for i in REPORTED) / 40 for name in ("new", "old", "format")
     ]
     assert first.metrics[OVER_INSTRUCT] == pytest.approx(sum(gains) / 3)
     cells = row(section(render(report), "What might predict the gain"), "σ of the pair")

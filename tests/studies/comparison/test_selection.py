@@ -15,9 +15,11 @@ from shadowlit.studies.comparison.selection import (
 from shadowlit.studies.rows import Row
 from tests.studies.comparison.synthetic import trained
 
+SELECTION = {0, 4, 6, 7, 9}  # of ten rows
+
 
 def record(lr: float, selection: float, *, seed: int = 0, scale: float = 1.0, reported: float = 0.0):
-    rows = {i: reported if i % 2 else selection for i in range(10)}
+    rows = {i: selection if i in SELECTION else reported for i in range(10)}
     return trained("B2I", lr, seed, scale, samples={"new": rows})
 
 
@@ -69,11 +71,20 @@ def test_rows_of_a_set_give_its_metrics():
     assert scoring.rows(row, "report/perplexity", 0) is None and scoring.rows(row, "report/loss", 3) is None
 
 
-def test_rows_are_halved_by_their_place_in_the_order_of_indices():
-    assert halves_of([Row("Base", samples={"new": {9: 1.0, 2: 0.0, 0: 0.0, 5: 1.0}})], "new") == ([0, 5], [2, 9])
+def test_rows_are_halved_by_a_hash_of_their_index():
+    assert halves_of([Row("Base", samples={"new": {9: 1.0, 2: 0.0, 0: 0.0, 5: 1.0}})], "new") == ([2, 9], [0, 5])
     records = [Row("Base", samples={"new": {0: 1.0, 4: 0.0}}), Row("Instruct", samples={"new": {2: 1.0}})]
-    assert halves_of(records, "new") == ([0, 4], [2])
+    assert halves_of(records, "new") == ([2, 4], [0])
     assert halves_of(records, "old") == ([], [])
+
+
+@pytest.mark.parametrize("kinds", range(2, 7))
+def test_kinds_of_questions_that_take_turns_are_in_both_halves(kinds):
+    """The new facts of the embedded pair go round four attributes: every other row would leave two for each half."""
+    halves = halves_of([Row("Base", samples={"new": dict.fromkeys(range(60), 0.0)})], "new")
+    assert sorted([*halves[0], *halves[1]]) == list(range(60)) and len(halves[0]) == 30
+    for half in halves:
+        assert all(len([i for i in half if i % kinds == kind]) >= 30 / kinds * 0.6 for kind in range(kinds))
 
 
 def test_the_best_mean_over_seeds_is_chosen():
