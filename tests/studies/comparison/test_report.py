@@ -112,9 +112,10 @@ def test_a_difference_is_paired_by_row_and_seed():
     """Two arms that differ on one row of twenty in every seed, however unlike the rows and seeds are."""
     hard = [0.0, 0.0, 1.0, 1.0, 0.0] * 8
     found = [Row("Instruct", samples={"new": dict(enumerate(hard))})]
+    wrong, right = (next(i for i in halves_of(found, "new")[1] if hard[i] == score) for score in (0.0, 1.0))
     for seed in range(3):
         base = {i: max(0.0, score - 0.1 * seed) for i, score in enumerate(hard)}
-        better = base | {i: min(1.0, base[i] + 1.0) for i in (1, 3)}  # row 1 is wrong and row 3 right before
+        better = base | {i: min(1.0, base[i] + 1.0) for i in (wrong, right)}
         found += [trained("I2I", 1e-4, seed, samples={"new": base})]
         found += [trained("B2I", 1e-4, seed, samples={"new": better})]
     (comparison, *_) = told_of(found, keep=[]).comparisons
