@@ -270,7 +270,7 @@ class Study:
             if not self.is_finished(of, self.results):
                 print(f"{file} is from another recipe: removed, to be made again")
                 file.unlink()
-                for measured in ("cosines", "answers"):
+                for measured in ("cosines", "answers") if of.source in ("B", "I") else ():
                     (self.results / pair / f"{task}_{method}_{measured}.json").unlink(missing_ok=True)
 
     def train_and_score(self, training: Training) -> None:

@@ -244,8 +244,15 @@ def test_results_of_another_recipe_are_made_again(tmp_path, monkeypatch):
     file.write_text(json.dumps({**raw, "recipe": study.recipe_id(training)}))  # rate and seed are in its name
     with pytest.raises(DataError, match=r"results of B .* by different recipes"):
         Setting(study.results, "near", "tools", "lora")
+    cosines = study.results / "near" / "tools_lora_cosines.json"
+    cosines.write_text("{}")
     study.remove_others("near", "tools", "lora")
-    assert file.exists() and not other.exists()
+    assert file.exists() and not other.exists() and not cosines.exists()
+    changed = file.with_name("ties_lr0.0002_seed0.json")
+    changed.write_text(json.dumps({**raw, "source": "ties"}))
+    cosines.write_text("{}")
+    study.remove_others("near", "tools", "lora")
+    assert not changed.exists() and cosines.exists()  # which are of the two arms that are trained
 
     before, reference = {study.recipe_id(training)}, study.reference_of("near", "tools")
     monkeypatch.setattr("experiments.real.study.EPOCHS", {"tools": 4})
