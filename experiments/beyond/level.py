@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from scipy.optimize import brentq
 from experiments.real.reading import read_result
 from experiments.real.report import KL, Rows, Run, per_token, rows
 from experiments.real.score import Scorer
+from experiments.real.study import compact
 from shadowlit.delta.delta import Delta
 from shadowlit.files import replace_text
 
@@ -64,7 +64,7 @@ def write_level(file: Path, run: Run, kl: float, scorer: Scorer, delta: Delta) -
     if scale is not None:
         scorer.load_graft(delta, scale)
         scores = {name: scorer.measure(name) for name in scorer.rows}
-    replace_text(file, json.dumps({"made": _made(run), "kl": kl, "scale": scale, "scores": scores}) + "\n")
+    replace_text(file, compact({"made": _made(run), "kl": kl, "scale": scale, "scores": scores}))
 
 
 def scale_at(kl: float, known: Mapping[float, float], measure: Callable[[float], float]) -> float | None:
