@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.real.score import Scorer
+from experiments.real.study import Training
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
@@ -29,7 +30,8 @@ ANCHORS: dict[str, dict[str, float]] = {
 }
 """``model.anchors`` by name of the arm; ``kl`` is its weight, on the rows that the study keeps."""
 _KEPT = 24  # rows of what should be kept, in the fit of scales: the first ones
-FIT: dict[str, Any] = {"steps": 40, "lr": 0.1}  # of scales: 40 steps can move them by 2.05
+FITS: dict[str, dict[str, Any]] = {"embedded": {"steps": 40, "lr": 0.1}, "near": {"steps": 12, "lr": 0.2}}
+"""Options of a fit of scales by pair; on the real one, a step takes most of a minute."""
 _VOTES = 31  # rows that vote on the signs of GradFix at most, the default of graft.variants
 
 
@@ -39,7 +41,7 @@ class Given(NamedTuple):
     scorer: Scorer  # whose model has the Instruct's weights
     rows: list[Encoded]  # of the task
     kept: list[Encoded]  # of what the Instruct could do before
-    seed: int  # of the training
+    training: Training  # whose pair has options of a fit, and whose seed one of a random transform
     known: Mapping[str, Any]  # what is known of how, if the update has been changed before
 
 
@@ -61,7 +63,7 @@ def _fitted(groups: Any) -> Change:
         if not about:
             both = (given.rows, given.kept)
             samples, keep = ([{"input_ids": r.input_ids, "labels": r.labels} for r in some] for some in both)
-            options = FitScales("", groups=groups, keep=Keep("", weight=1.0), **FIT)
+            options = FitScales("", groups=groups, keep=Keep("", weight=1.0), **FITS[given.training.pair])
             fitted = fit_scales(given.scorer.model, delta, samples, options, keep, dtype=given.scorer.stored)
             about = {"scales": fitted.scales, "history": fitted.history}
         update = {name: delta.tensor(name) * about["scales"][group_of(name, groups)] for name in delta.shapes}
@@ -82,7 +84,7 @@ def _transformed(name: str, is_random: bool = False, **parameters: Any) -> Chang
     """The update with a transform; a random one is seeded as the training is."""
 
     def change(delta: Delta, given: Given) -> tuple[Delta, dict[str, Any]]:
-        found = delta.map([{"name": name, **parameters, **({"seed": given.seed} if is_random else {})}])
+        found = delta.map([{"name": name, **parameters, **({"seed": given.training.seed} if is_random else {})}])
         update, about = _measured({name: found.tensor(name) for name in found.shapes})
         return update, {**about, "transforms": found.transforms}
 
@@ -108,22 +110,26 @@ CHANGED: dict[str, Change] = {
 """Changes of the Base's update by name of the arm: nothing is trained for them."""
 
 
+def reach(pair: str) -> float:
+    """How far a fit can move a scale on a pair: its steps have at most the rate, which falls to 0 along a line."""
+    return float(FITS[pair]["lr"] * (FITS[pair]["steps"] + 1) / 2)
+
+
 def changed(
-    source: str, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path], seed: int, known: Mapping[str, Any]
+    training: Training, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path], known: Mapping[str, Any]
 ) -> tuple[Delta, dict[str, Any]]:
     """The Base's update, changed as the arm says, and what is worth keeping of how.
 
     Args:
-        source: Name in :data:`CHANGED`.
+        training: What the update is from, with the arm as its source.
         delta: The Base's update.
         scorer: Its model is used, and has the Instruct's weights afterwards.
         calibration: Files of rows: ``task`` and ``kept``.
-        seed: Seed of the training.
         known: The result of the same change, if there is one: what has been fitted is not fitted again.
     """
     scorer.load(scorer.instruct)
     rows, kept = scorer.read(calibration["task"]), scorer.read(calibration["kept"])[:_KEPT]
-    return CHANGED[source](delta, Given(scorer, rows, kept, seed, known))
+    return CHANGED[training.source](delta, Given(scorer, rows, kept, training, known))
 
 
 def signs_of(model: Any, names: Container[str], rows: list[Encoded]) -> dict[str, Tensor]:

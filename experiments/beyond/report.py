@@ -10,7 +10,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.beyond.arms import ANCHORS, CHANGED
+from experiments.beyond.arms import ANCHORS, CHANGED, FITS, reach
 from experiments.beyond.level import AtLevel, file_of, read_level
 from experiments.real.report import (
     EXACT,
@@ -42,7 +42,7 @@ divergence on the first 24 of those other rows at weight 1; *GradFix* keeps the 
 down the Instruct's own gradient on the rows for choosing, at most 31 (arXiv 2510.09658); *TIES* and *magnitude* keep \
 the largest elements of each matrix, and differ for a single update in how many; *DARE* keeps random ones, which it \
 scales up; *SVD* cuts each matrix to its largest singular values. Arms without results are left out. \
-Every update is scored at scales of 0.05 (real pair: 0.5) to 1.5.
+Every update is scored at several scales from 0.05 (real pair: 0.5) to 1.5 (changes and anchors there: 1).
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
 600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
@@ -70,7 +70,7 @@ _GAINS = """\
 How much lower the loss on the reported rows is than that of B2I at scale 1, and than that of one fitted scale, which \
 is found by the same objective on the same rows in as many steps: first with all updates as they were fitted, whose \
 divergences differ, and then at equal KL, where one fitted scale is B2I itself. *Scales* are the smallest and the \
-largest over all groups and seeds; 40 steps from 1 can move a scale to about -1.05 or 3.05.
+largest over all groups and seeds; a fit can move a scale from 1 by at most $REACH.
 """
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
@@ -204,6 +204,13 @@ def _overview(settings: Sequence[Compared], than: str) -> str:
     return markdown_table(("arm", *(setting.name for setting in settings)), known)
 
 
+def _gains_text(settings: Sequence[Compared]) -> str:
+    """What the table of gains shows, with how far a fit can move a scale on each pair."""
+    pairs = dict.fromkeys(setting.pair for setting in settings)
+    reaches = [f"{reach(pair):g} in {FITS[pair]['steps']} steps ({pair})" for pair in pairs]
+    return _GAINS.replace("$REACH", ", or ".join(reaches))
+
+
 def _gains(settings: Sequence[Compared]) -> str:
     """What fitted scales gain over scale 1, and those by group over a single one."""
     lines = []
@@ -264,7 +271,12 @@ def write_report(results: Path, home: Path, others: Path) -> None:
     parts = [_HEAD, "## What decides", _DECIDES]
     for than in "BI":
         parts += [f"### Against {NAMES[than]}", _overview(settings, than)]
-    parts += ["![learned against KL](learned_against_kl.png)", "## Scales by group", _GAINS, _gains(settings)]
+    parts += [
+        "![learned against KL](learned_against_kl.png)",
+        "## Scales by group",
+        _gains_text(settings),
+        _gains(settings),
+    ]
     for setting in settings:
         parts += [f"## {setting.name}", _scores(setting)]
     replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))

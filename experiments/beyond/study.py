@@ -27,7 +27,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-from experiments.beyond.arms import ANCHORS, CHANGED, FIT, anchors_of, changed
+from experiments.beyond.arms import ANCHORS, CHANGED, FITS, anchors_of, changed
 from experiments.beyond.level import file_of, write_level
 from experiments.beyond.report import NAMES, Compared, level, rates_at_level, runs_of, write_report
 from experiments.real import study as real
@@ -56,6 +56,8 @@ _NUM_KEPT = 40  # rows of each kind of what the Instruct could do before
 
 class Beyond(Study):
     """The study on a real pair, with arms that train on both anchors or change the Base's update."""
+
+    scales = (0.5, 1.0)  # and where it diverges as the others do
 
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
         config, overrides = super().recipe(training)
@@ -86,7 +88,7 @@ class Beyond(Study):
         delta, rows = Delta.open(self.delta_of(training)), self.calibration(training)
         file = self.results / f"{training.name}.json"
         known = read_result(file, dict) if self.is_finished(training, self.results) else {}
-        found, about = changed(training.source, delta, scorer, rows, training.seed, known)
+        found, about = changed(training, delta, scorer, rows, known)
         return found, {**about, "calibration": self.calibration_id(training)}
 
     def is_finished(self, training: Training, results: Path) -> bool:
@@ -98,7 +100,7 @@ class Beyond(Study):
 
     def calibration_id(self, training: Training) -> str:
         """A digest of the rows by which an update may be changed, and of the options of a fit."""
-        options = json.dumps(FIT).encode() if training.source.startswith("fitted") else b""
+        options = json.dumps(FITS[training.pair]).encode() if training.source.startswith("fitted") else b""
         return digest((options, *(file.read_bytes() for file in self.calibration(training).values())))
 
     def meet(self, training: Training, kl: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,8 @@ from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
 from tests.studies.test_real import scores, write_setting
 from tests.tiny import save_pair
+
+TRAINING = Training("embedded", "skill_bare", "lora", "gradfix", 1e-3, 0)
 
 
 def add_arm(folder, source, losses, kls, choice=1.0, **more):
@@ -172,7 +175,7 @@ def test_an_odd_number_of_rows_votes(monkeypatch):
     monkeypatch.setattr(arms, "signs_of", signs)
     for count in (1, 12, 13, 31, 60):
         CHANGED["gradfix"](
-            Delta.of({"a": torch.ones(2)}), Given(SimpleNamespace(model=None), [None] * count, [], 0, {})
+            Delta.of({"a": torch.ones(2)}), Given(SimpleNamespace(model=None), [None] * count, [], TRAINING, {})
         )
     assert asked == [1, 11, 13, 31, 31]
 
@@ -203,13 +206,13 @@ def test_scales_by_group_are_compared_with_one_scale(tmp_path):
         found = [better_by(setting, source, than, as_it_is=as_it_is).difference for as_it_is in (True, False)]
         assert found == pytest.approx(differences)
     write_report(tmp_path, tmp_path, tmp_path)
-    one, layers = [
-        line.split(" | ")
-        for line in (tmp_path / "REPORT.md").read_text().split("## Scales by group")[1].splitlines()
-        if line.startswith("| near/tools_lora | ")
-    ]
+    about = (tmp_path / "REPORT.md").read_text().split("## Scales by group")[1]
+    one, layers = [line.split(" | ") for line in about.splitlines() if line.startswith("| near/tools_lora | ")]
     assert one[1:3] == ["one fitted scale", "1.250 to 1.250"] and layers[1:3] == ["scales by layer", "1.000 to 1.500"]
     assert [cell.split(" ")[0] for cell in layers[3:]] == ["+0.850", "+0.400", "+0.150", "-0.100"]
+    assert (
+        "a fit can move a scale from 1 by at most 1.3 in 12 steps (near).\n" in about
+    )  # 0.2 * (12 + 11 + ... + 1) / 12
 
 
 def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):
@@ -229,7 +232,7 @@ def test_updates_are_transformed():
     matrix = torch.arange(1.0, 21).reshape(4, 5) * torch.tensor([1.0, -1, 1, -1, 1])
 
     def change(source, update, seed=0):
-        found, about = CHANGED[source](Delta.of({"a": update}), Given(None, [], [], seed, {}))
+        found, about = CHANGED[source](Delta.of({"a": update}), Given(None, [], [], replace(TRAINING, seed=seed), {}))
         assert about["kept"] == found.tensor("a").count_nonzero().item() / update.numel()
         return found.tensor("a")
 
