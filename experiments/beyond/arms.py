@@ -30,8 +30,8 @@ ANCHORS: dict[str, dict[str, float]] = {
 }
 """``model.anchors`` by name of the arm; ``kl`` is its weight, on the rows that the study keeps."""
 _KEPT = 24  # rows of what should be kept, in the fit of scales: the first ones
-FITS: dict[str, dict[str, Any]] = {"embedded": {"steps": 40, "lr": 0.1}, "near": {"steps": 12, "lr": 0.2}}
-"""Options of a fit of scales by pair; on the real one, a step takes most of a minute."""
+FITS: dict[str, dict[str, Any]] = {"embedded": {"steps": 60}, "near": {"steps": 15}}
+"""Options of a fit of scales by pair; on the real one, a pass takes most of a minute."""
 _VOTES = 31  # rows that vote on the signs of GradFix at most, the default of graft.variants
 
 
@@ -101,6 +101,7 @@ CHANGED: dict[str, Change] = {
     "fitted_all": _fitted("all"),
     "fitted_layer": _fitted("layer"),
     "fitted_kind": _fitted("kind"),
+    "fitted_tensor": _fitted("tensor"),
     "gradfix": _grad_fix,
     "ties": _transformed("ties", density=0.2),
     "dare": _transformed("dare", is_random=True, density=0.2),
@@ -108,11 +109,6 @@ CHANGED: dict[str, Change] = {
     "svd8": _transformed("svd", rank=8),
 }
 """Changes of the Base's update by name of the arm: nothing is trained for them."""
-
-
-def reach(pair: str) -> float:
-    """How far a fit can move a scale on a pair: its steps have at most the rate, which falls to 0 along a line."""
-    return float(FITS[pair]["lr"] * (FITS[pair]["steps"] + 1) / 2)
 
 
 def changed(

@@ -107,7 +107,7 @@ class Beyond(Study):
         """Score a training's update also where it diverges from the Instruct by ``kl``, unless that has been done."""
         setting, run = self._find(training)
         known = setting.measured(run)
-        if known is None or known.kl != kl:
+        if known is None:
             self.in_a_process("level", {"training": training.__dict__, "kl": kl})
 
     def do(self, step: str, arguments: dict[str, Any]) -> None:
@@ -252,7 +252,9 @@ def run_setting(study: Beyond, setting: tuple[str, str, str], arms: Container[st
     compared = Compared(RESULTS, real.RESULTS, *setting)
     found = [run for arm in NAMES if arm in ("B", "I") or arm in arms for run in runs_of(compared, arm)]
     at_rates = [Training(*setting, run.source, run.lr, run.seed) for run in found]
-    list(pool.map(study.delta_of, [training for training in at_rates if training.source not in CHANGED]))
+    unknown = [training for run, training in zip(found, at_rates, strict=True) if compared.measured(run) is None]
+    trained = [replace(training, source="B") if training.source in CHANGED else training for training in unknown]
+    list(pool.map(study.delta_of, dict.fromkeys(trained)))
     list(pool.map(partial(study.meet, kl=level(compared)), at_rates))
 
 

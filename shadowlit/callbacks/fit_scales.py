@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -140,11 +141,11 @@ def fit_at_end(
         host, options, rows, keep[0] if keep else [], module.head_losses(),
         autocast=trainer.precision_plugin.val_step_context, move=trainer.strategy.batch_to_device,
     )  # fmt: skip
-    steps = iter(range(options.steps + 1))
+    passes = itertools.count(1)
 
-    def measure(scales: Mapping[str, float], with_slopes: bool) -> Measured:
-        show(trainer, f"fitting scales {next(steps)}/{options.steps}")
-        return calibration(scales, with_slopes)
+    def measure(scales: Mapping[str, float]) -> Measured:
+        show(trainer, f"fitting scales {next(passes)}/{options.steps}")
+        return calibration(scales)
 
     with isolate_rng():
         found = fit(measure, host.parameters, options, start)

@@ -13,16 +13,16 @@ kept: the inner product of a parameter's gradient with its update is one number.
 where L is the cross entropy per supervised token of the calibration rows, KL the divergence ``KL(graft ‖ Instruct)``
 per supervised token of other rows, which the task should not change, and λ₀ the scale that the graft has otherwise (1
 in the paper). L is not the training's objective: the value of one that weighs tokens without a gradient (DFT, EAFT)
-also falls where the answers become unlikely, and would choose wrong scales. The scales start at λ₀ and take a few steps
-of Adam (arXiv 1412.6980), whose step size falls to zero along a line. A step moves every scale by about its step size,
-however small the derivative is; what the data say nothing about is kept near λ₀ by the pull alone. Of the scales that
-were visited, those with the lowest J are the result, so that it is never above J(λ₀). Imports no torch.
+also falls where the answers become unlikely, and would choose wrong scales. J is a smooth function of a few numbers,
+without noise from batches, so L-BFGS (scipy's L-BFGS-B) minimises it from λ₀. Of the scales that were visited, those
+with the lowest J are the result, so that it is never above J(λ₀). Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,8 +38,8 @@ OUTSIDE = "other"
 """Group of the tensors outside of numbered layers."""
 EVERYTHING = "all"
 """The rule by which all tensors have one scale, and the name of their group."""
-_BETAS, _EPS = (0.9, 0.999), 1e-12
-_FAR = 0.9  # of the reach: the best scale may lie beyond
+_FIRST = 0.25  # length of the first step over all scales; L-BFGS finds the others
+_TOLERANCE = 1e-4  # of J: a step that gains less, relative to J or to 1, is the last one
 
 
 @dataclass
@@ -64,8 +64,7 @@ class FitScales:
         groups: Groups that have a scale each: decoder layers (layer; other for what is outside of them), kinds of
             tensors (kind: q_proj, k_proj, …), single tensors (tensor; a bias belongs to its weight), or one group of
             everything (all: a single scale).
-        steps: Number of Adam steps, each a forward and a backward pass over all calibration rows.
-        lr: Size of the first step; it falls to zero along a line.
+        steps: Largest number of forward and backward passes over all calibration rows.
         pull: Weight of the mean squared distance of the scales from the one that the graft has otherwise; at least 0.
         keep: Rows on which the graft is kept near the untouched Instruct; null for none.
         batch_size: Rows per rank and pass; null for data.batch_size.
@@ -73,8 +72,7 @@ class FitScales:
 
     data: str
     groups: Grouping = "layer"
-    steps: int = 20
-    lr: float = 0.05
+    steps: int = 30
     pull: float = 0.01
     keep: Keep | None = None
     batch_size: int | None = None
@@ -86,11 +84,10 @@ class FitScales:
                 f"fit_scales.groups is {self.groups!r}; expected one of {', '.join(get_args(Grouping))}. Choose one."
             )
         weight = 1.0 if self.keep is None else self.keep.weight
-        numbers = [self.lr, weight, self.pull]
-        if self.steps < 1 or not all(map(math.isfinite, numbers)) or min(self.lr, weight) <= 0 or self.pull < 0:
+        if self.steps < 1 or not (math.isfinite(weight) and math.isfinite(self.pull)) or weight <= 0 or self.pull < 0:
             raise GraftError(
-                f"fit_scales is {self}; expected at least one step, lr and keep.weight above 0 and a pull of at least "
-                "0, all finite. Correct it, e.g. {data: calibration.jsonl, groups: layer, steps: 20}."
+                f"fit_scales is {self}; expected at least one step, keep.weight above 0 and a pull of at least 0, both "
+                "finite. Correct it, e.g. {data: calibration.jsonl, groups: layer, steps: 30}."
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise GraftError(f"fit_scales.batch_size is {self.batch_size}; expected at least 1, or null.")
@@ -114,7 +111,7 @@ class Measured:
     Attributes:
         loss: Cross entropy in nats per supervised token.
         kl: ``KL(graft ‖ Instruct)`` in nats per supervised token of the rows to keep; 0 without such rows.
-        slopes: Derivative of ``loss + weight · kl`` by the scale of each group; empty if it wasn't asked for.
+        slopes: Derivative of ``loss + weight · kl`` by the scale of each group.
     """
 
     loss: float
@@ -131,9 +128,9 @@ class FittedScales:
         scales: Scale of each group, exactly representable in float32.
         by_tensor: Scale of each grafted parameter, by name.
         start: Scale that all of them started from.
-        step: Step after which the scales were the best, 0 for the start.
-        history: ``loss``, ``kl`` and ``objective`` before the first step and after each.
-        reach: How far the steps can move a scale, ``Σ lr (1 − step / steps)``.
+        step: Place of the scales in ``history``, 0 for the start.
+        history: ``loss``, ``kl`` and ``objective`` of all scales that were visited.
+        is_unfinished: Whether the passes ran out before a step gained too little to go on.
     """
 
     groups: str
@@ -142,7 +139,7 @@ class FittedScales:
     start: float
     step: int
     history: list[dict[str, float]]
-    reach: float = math.inf
+    is_unfinished: bool = False
 
     @property
     def line(self) -> str:
@@ -156,13 +153,7 @@ class FittedScales:
         line = f"scales: {found}, {values}: calibration loss {number(before['loss'])} → {number(after['loss'])}"
         if any(entry["kl"] for entry in self.history):
             line += f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}"
-        far = sum(abs(scale - self.start) > _FAR * self.reach for scale in self.scales.values())
-        if far:
-            steps = counted(len(self.history) - 1, "step")
-            line += (
-                f"; {far} of {len(self.scales)} as far from {self.start:g} as {steps} can move them: raise steps or lr"
-            )
-        return line
+        return line + (f"; stopped after {len(self.history)} passes: raise steps" if self.is_unfinished else "")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -185,7 +176,7 @@ def group_of(name: str, groups: Grouping) -> str:
 
 
 def fit(
-    measure: Callable[[Mapping[str, float], bool], Measured],
+    measure: Callable[[Mapping[str, float]], Measured],
     names: Iterable[str],
     options: FitScales,
     start: float = 1.0,
@@ -193,8 +184,8 @@ def fit(
     """Find the scales of groups of tensors; see the module's docstring.
 
     Args:
-        measure: Function from the scale of each group, and whether slopes are wanted, to what is measured with them; a
-            collective where there are several ranks, with equal results on all.
+        measure: Function from the scale of each group to what is measured with them; a collective where there are
+            several ranks, with equal results on all.
         names: Names of the grafted tensors.
         options: Groups, steps, pull and weights.
         start: Scale λ₀ that the graft has otherwise.
@@ -202,36 +193,41 @@ def fit(
     Raises:
         GraftError: A loss or a slope is not finite.
     """
+    from scipy.optimize import minimize  # late, since it takes tenths of a second
+
     by_name = {name: group_of(name, options.groups) for name in names}
     groups = list(dict.fromkeys(by_name.values()))
     weight = 0.0 if options.keep is None else options.keep.weight
-    scales = np.full(len(groups), float(np.float32(start)))
-    first, second = np.zeros(len(groups)), np.zeros(len(groups))
-    visited, history = [], []
-    for step in range(options.steps + 1):
-        is_last = step == options.steps
+    visited: list[dict[str, float]] = []
+    history: list[dict[str, float]] = []
+
+    def objective(moved: np.ndarray) -> tuple[float, np.ndarray]:
+        if len(history) == options.steps:
+            raise _Spent
+        # Float32 multiplies the update by what is stored.
+        scales = (start + _FIRST * moved).astype(np.float32).astype(np.float64)
         visited.append(dict(zip(groups, scales.tolist(), strict=True)))
-        found = measure(visited[-1], not is_last)
+        found = measure(visited[-1])
         distance = scales - start
-        objective = found.loss + weight * found.kl + options.pull * float(np.square(distance).mean())
+        value = found.loss + weight * found.kl + options.pull * float(np.square(distance).mean())
         slopes = np.array([found.slopes.get(group, 0.0) for group in groups])
-        if not (math.isfinite(objective) and np.isfinite(slopes).all()):
+        if not (math.isfinite(value) and np.isfinite(slopes).all()):
             raise GraftError(
                 f"fit_scales: the loss of the calibration rows is {found.loss:.4g} and the divergence {found.kl:.4g} "
-                f"after {step} of {options.steps} steps, or a derivative of theirs is not finite. Lower "
-                "graft.fit_scales.lr, or check the rows."
+                f"in pass {len(visited)} of at most {options.steps}, or a derivative of theirs is not finite. Check "
+                "the rows, or raise graft.fit_scales.pull, which keeps the scales where they start."
             )
-        history.append({"loss": found.loss, "kl": found.kl, "objective": objective})
-        if is_last:
-            break
-        slopes = slopes + 2 * options.pull / len(groups) * distance
-        first = _BETAS[0] * first + (1 - _BETAS[0]) * slopes
-        second = _BETAS[1] * second + (1 - _BETAS[1]) * np.square(slopes)
-        means = first / (1 - _BETAS[0] ** (step + 1)), second / (1 - _BETAS[1] ** (step + 1))
-        size = options.lr * (1 - step / options.steps)
-        scales = scales - size * means[0] / (np.sqrt(means[1]) + _EPS)
-        scales = scales.astype(np.float32).astype(np.float64)  # float32 multiplies the update by what is stored
+        history.append({"loss": found.loss, "kl": found.kl, "objective": value})
+        return value, _FIRST * (slopes + 2 * options.pull / len(groups) * distance)
+
+    is_unfinished = True
+    with suppress(_Spent):
+        minimize(objective, np.zeros(len(groups)), jac=True, method="L-BFGS-B", options={"ftol": _TOLERANCE})
+        is_unfinished = False
     best = min(range(len(history)), key=lambda step: history[step]["objective"])
     by_tensor = {name: visited[best][group] for name, group in by_name.items()}
-    reach = options.lr * (options.steps + 1) / 2
-    return FittedScales(options.groups, visited[best], by_tensor, start, best, history, reach)
+    return FittedScales(options.groups, visited[best], by_tensor, start, best, history, is_unfinished)
+
+
+class _Spent(Exception):
+    """All passes have been made."""

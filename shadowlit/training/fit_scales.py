@@ -163,13 +163,13 @@ class Calibration:
         sharded = any(isinstance(parameter, DTensor) for parameter in host.model.parameters())
         self._factor = self._ranks if sharded else 1  # FSDP2 divides by the ranks: undo it, the sum is what counts
 
-    def __call__(self, scales: Mapping[str, float], with_slopes: bool = True) -> Measured:
-        """Return what is measured with the scale of each group; slopes only if they are wanted."""
+    def __call__(self, scales: Mapping[str, float]) -> Measured:
+        """Return what is measured with the scale of each group."""
         if self._keep and not self._predictions:
             self._predict()
         with self._holding({name: scales[group] for name, group in self._groups.items()}):
-            loss, slopes = self._pass(self._rows, self._step, with_slopes)
-            kl, others = self._pass(self._keep, self._divergence, with_slopes) if self._keep else (0.0, {})
+            loss, slopes = self._pass(self._rows, self._step)
+            kl, others = self._pass(self._keep, self._divergence) if self._keep else (0.0, {})
         weight = self._options.keep.weight if self._options.keep is not None else 0.0
         return Measured(loss, kl, {group: slope + weight * others.get(group, 0.0) for group, slope in slopes.items()})
 
@@ -184,7 +184,7 @@ class Calibration:
             torch.clear_autocast_cache()
 
     def _pass(
-        self, batches: Sequence[Batch], step: Callable[[int, Batch], tuple[Tensor, Any]], with_slopes: bool
+        self, batches: Sequence[Batch], step: Callable[[int, Batch], tuple[Tensor, Any]]
     ) -> tuple[float, dict[str, float]]:
         """The mean of a loss over all rows, and its derivatives by group."""
         device = next(self._host.model.parameters()).device
@@ -196,28 +196,20 @@ class Calibration:
         def take(name: str, gradient: Tensor) -> None:
             sums[2 + places[self._groups[name]]] += inner_product(gradient, self._host.update(name).to(gradient.device))
 
-        def run() -> None:
+        with torch.enable_grad(), gradients_of(self._host.model, self._host.parameters, take):
             for number, batch in enumerate(batches):
                 with self._autocast():
                     loss, count = step(number, self._move(batch))
-                if with_slopes:
-                    (loss * self._factor).backward()
+                (loss * self._factor).backward()
                 sums[:2] += torch.stack(
                     [torch.as_tensor(x, dtype=sums.dtype, device=device) for x in (loss.detach(), count)]
                 )
-
-        if with_slopes:
-            with torch.enable_grad(), gradients_of(self._host.model, self._host.parameters, take):
-                run()
-        else:
-            with torch.no_grad(), deterministic(self._host.model):
-                run()
         if self._ranks > 1:
             dist.all_reduce(sums)
         loss, count, *slopes = sums.tolist()
         if not count > 0:
             raise GraftError("fit_scales: the rows have no supervised token. Give rows with an answer.")
-        return loss / count, dict(zip(groups, (slope / count for slope in slopes), strict=True)) if with_slopes else {}
+        return loss / count, dict(zip(groups, (slope / count for slope in slopes), strict=True))
 
     def _step(self, number: int, batch: Batch) -> tuple[Tensor, Any]:
         """Cross entropy, summed, and the number of supervised tokens, or the sum of their weights."""

@@ -37,7 +37,7 @@ from tests.distributed import run_ranks
 from tests.tiny import save_pair
 from tests.training import test_distributed as distributed
 
-FIT = {"groups": "kind", "steps": 3, "lr": 0.2, "pull": 0.001}
+FIT = {"groups": "kind", "steps": 3, "pull": 0.001}
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +177,13 @@ def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
 
 @pytest.mark.parametrize("main", [True, False])
 def test_scales_start_at_the_exported_grafts_and_count_its_transforms(tmp_path, folders, files, main):
-    """With one step of 1e-9 they stay at 0.5, and the export is that of scale 0.5, with the transforms."""
+    """With one pass they stay at 0.5, and the export is that of scale 0.5, with the transforms."""
     transforms = [{"name": "dare", "density": 0.5}]
     options = {"transforms": transforms, "scales": [0.5], "select": "all"}
     if not main:
         options = {"variants": {"thin": {"transforms": transforms, "scale": 0.5}}, "select": "all"}
         options |= {"subject": "grafted@thin"}
-    fit_scales = FitScales(files["calibration"], groups="layer", steps=1, lr=1e-9)
+    fit_scales = FitScales(files["calibration"], groups="layer", steps=1)
     run(tmp_path, folders, files, "full", fit_scales, parts=["model"], **options)
     stored = json.loads((tmp_path / "x/scales.json").read_text())
     assert stored["scales"] == {"layer_00": 0.5, "layer_01": 0.5, "other": 0.5}
@@ -375,7 +375,8 @@ def fit_on_ranks(folders, files, kind, strategy, world_size, out):
         slopes.append(found.slopes)
         return found
 
-    # Adam's steps don't depend on the size of the slopes, so these are compared too. The process is this test's own.
+    # The first step has one length, whatever the size of the slopes is, so these are compared too. The process is this
+    # test's own.
     callback_module.fit = lambda measure, *rest: fit(lambda *args: keep(measure(*args)), *rest)
     trainer.fit(module, data)
     found = export._fitted

@@ -115,9 +115,7 @@ def test_the_best_scale_of_a_useless_update_is_low(folders):
     model = load(folders)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     update = Delta.of(update_of(model))
-    fitted = fit_scales(
-        model, update, rows(6, 1), FitScales("", groups="kind", steps=6, lr=0.1, pull=0.0, batch_size=4)
-    )
+    fitted = fit_scales(model, update, rows(6, 1), FitScales("", groups="kind", steps=6, pull=0.0, batch_size=4))
     losses = [entry["loss"] for entry in fitted.history]
     assert min(losses) == losses[fitted.step] < losses[0]
     assert fitted.by_tensor.keys() == update.shapes.keys()
@@ -215,7 +213,7 @@ def test_a_callers_autocast_sees_the_weights_of_each_pass(folders):
     """Its cache holds casts of parameters until its context ends, and would keep those of the first pass."""
     model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     update = {name: 5 * delta.float() for name, delta in update_of(model).items()}
-    options = FitScales("", groups="kind", steps=2, lr=0.5, pull=0.0, keep=Keep(""))
+    options = FitScales("", groups="kind", steps=2, pull=0.0, keep=Keep(""))
     with torch.autocast("cpu", torch.bfloat16):
         found = fit_scales(model, update, rows(4, 1), options, rows(2, 2))
         host = MemoryScaledGraft(model, update)
