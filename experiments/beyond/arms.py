@@ -109,10 +109,12 @@ CHANGED: dict[str, Change] = {
     "svd8": _transformed("svd", rank=8),
 }
 """Changes of the Base's update by name of the arm: nothing is trained for them."""
+BY_ROWS = frozenset(arm for arm in CHANGED if arm == "gradfix" or arm.startswith("fitted_"))
+"""Changes that depend on rows."""
 
 
 def changed(
-    training: Training, delta: Delta, scorer: Scorer, calibration: Mapping[str, Path], known: Mapping[str, Any]
+    training: Training, delta: Delta, scorer: Scorer, kept: Path, known: Mapping[str, Any]
 ) -> tuple[Delta, dict[str, Any]]:
     """The Base's update, changed as the arm says, and what is worth keeping of how.
 
@@ -120,12 +122,12 @@ def changed(
         training: What the update is from, with the arm as its source.
         delta: The Base's update.
         scorer: Its model is used, and has the Instruct's weights afterwards.
-        calibration: Files of rows: ``task`` and ``kept``.
+        kept: File of what should be kept; the rows of the task are those for choosing, as they are scored.
         known: The result of the same change, if there is one: what has been fitted is not fitted again.
     """
     scorer.load(scorer.instruct)
-    rows, kept = scorer.read(calibration["task"]), scorer.read(calibration["kept"])[:_KEPT]
-    return CHANGED[training.source](delta, Given(scorer, rows, kept, training, known))
+    given = Given(scorer, scorer.rows["choice"], scorer.read(kept)[:_KEPT], training, known)
+    return CHANGED[training.source](delta, given)
 
 
 def signs_of(model: Any, names: Container[str], rows: list[Encoded]) -> dict[str, Tensor]:

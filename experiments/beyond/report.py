@@ -37,7 +37,7 @@ Made by `python experiments/beyond/study.py` from the result files in `results/`
 update on both, with weight α on the Instruct (`model.anchors`); *anchors late* has α = 0.5 in the last quarter of \
 the steps and 0 before; *with KL* adds the divergence from the Instruct on other rows at weight 1 \
 (`model.anchors.kl`). The others change the update of B2I at its rate, and train nothing: *one fitted scale*, *scales \
-by layer*, *by kind* and *by tensor* are `graft.fit_scales` on the rows for choosing (in the style of the training), \
+by layer*, *by kind* and *by tensor* are `graft.fit_scales` on the rows for choosing, \
 with the divergence on the first 24 of those other rows at weight 1; *GradFix* keeps the elements whose sign is that \
 of a step down the Instruct's own gradient on the rows for choosing, at most 31 (arXiv 2510.09658); *TIES* and \
 *magnitude* keep the largest elements of each matrix, and differ for a single update in how many; *DARE* keeps \

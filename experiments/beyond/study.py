@@ -27,7 +27,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-from experiments.beyond.arms import ANCHORS, CHANGED, FITS, anchors_of, changed
+from experiments.beyond.arms import ANCHORS, BY_ROWS, CHANGED, FITS, anchors_of, changed
 from experiments.beyond.level import file_of, write_level
 from experiments.beyond.report import NAMES, Compared, level, rates_at_level, runs_of, write_report
 from experiments.real import study as real
@@ -59,6 +59,11 @@ class Beyond(Study):
 
     scales = (0.5, 1.0)  # and where it diverges as the others do
 
+    @property
+    def kept(self) -> Path:
+        """Rows of what should be kept, by which an update may be changed or trained."""
+        return self.data / "instruct_train.jsonl"
+
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
         config, overrides = super().recipe(training)
         anchors = self.anchors(training)
@@ -73,7 +78,7 @@ class Beyond(Study):
         """The key of a training's anchors, if it has some."""
         if training.source not in ANCHORS:
             return {}
-        return {"model.anchors": anchors_of(training.source, self.calibration(training)["kept"])}
+        return {"model.anchors": anchors_of(training.source, self.kept)}
 
     def train_and_score(self, training: Training) -> None:
         if not self.is_finished(training, real.RESULTS):  # the other study's
@@ -85,15 +90,16 @@ class Beyond(Study):
     def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
         if training.source not in CHANGED:
             return super().delta_for(training, scorer)
-        delta, rows = Delta.open(self.delta_of(training)), self.calibration(training)
+        delta = Delta.open(self.delta_of(training))
         file = self.results / f"{training.name}.json"
         known = read_result(file, dict) if self.is_finished(training, self.results) else {}
-        found, about = changed(training, delta, scorer, rows, known)
-        return found, {**about, "calibration": self.calibration_id(training)}
+        found, about = changed(training, delta, scorer, self.kept, known)
+        by = {"calibration": self.calibration_id(training)} if training.source in BY_ROWS else {}
+        return found, {**about, **by}
 
     def is_finished(self, training: Training, results: Path) -> bool:
-        """Whether there is a result by its recipe, and by the rows that it was changed by if the update is changed."""
-        if not super().is_finished(training, results) or training.source not in CHANGED:
+        """Whether there is a result by its recipe, and by the rows that the update is changed by, if it is by rows."""
+        if not super().is_finished(training, results) or training.source not in BY_ROWS:
             return super().is_finished(training, results)
         known = read_result(results / f"{training.name}.json", lambda raw: raw.get("calibration"))
         return bool(known == self.calibration_id(training))
@@ -101,7 +107,7 @@ class Beyond(Study):
     def calibration_id(self, training: Training) -> str:
         """A digest of the rows by which an update may be changed, and of the options of a fit."""
         options = json.dumps(FITS[training.pair]).encode() if training.source.startswith("fitted") else b""
-        return digest((options, *(file.read_bytes() for file in self.calibration(training).values())))
+        return digest((options, *(file.read_bytes() for file in (self.sets(training.task)["choice"], self.kept))))
 
     def meet(self, training: Training, kl: float) -> None:
         """Score a training's update also where it diverges from the Instruct by ``kl``, unless that has been done."""
@@ -131,15 +137,16 @@ class Beyond(Study):
             training = replace(training, source="B")
         return super().delta_of(training)
 
-    def calibration(self, training: Training) -> dict[str, Path]:
-        """Files with rows by which an update may be changed or trained: of the task, and of what should be kept."""
-        return {"task": self.data / f"{training.task}_choice.jsonl", "kept": self.data / "instruct_train.jsonl"}
-
 
 class Embedded(Beyond):
     """The same on the embedded pair: a new skill, in bare answers or in the Instruct's own style."""
 
     scales = (0.05, 0.15, 0.5, 1.0, 1.5)
+
+    @property
+    def kept(self) -> Path:
+        """Rows of what should be kept, by which an update may be changed or trained."""
+        return self.data / "kept.jsonl"
 
     def __init__(self, runs: Path) -> None:
         super().__init__(runs, runs, RESULTS)
@@ -152,9 +159,9 @@ class Embedded(Beyond):
         kept = [read_rows(SHIPPED / f"{name}.jsonl") for name in ("old", "format", "refusal")]
         for style, train, asked in (("bare", "train", "new"), ("house", "train_house", "new_house")):
             task = f"skill_{style}"
-            styled = read_rows(SHIPPED / f"{asked}.jsonl")[::2]
+            styled = read_rows(SHIPPED / f"{asked}.jsonl")[:16:2]
             parts = {"train": read_rows(SHIPPED / f"{train}.jsonl"), "choice": new[::2], "report": new[1::2]}
-            for part, rows in {**parts, "early": styled[:8], "fit": styled}.items():
+            for part, rows in {**parts, "early": styled}.items():
                 write(map(_messages, rows), self.data / f"{task}_{part}.jsonl")
         write([_messages(row) for rows in kept for row in rows[:_NUM_KEPT]], self.data / "general.jsonl")
         others = zip(*(rows[_NUM_KEPT : 2 * _NUM_KEPT] for rows in kept), strict=True)  # the first ones of all kinds
@@ -187,9 +194,6 @@ class Embedded(Beyond):
     def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
         with self._alone:  # the models are small: starting a process would take longer
             self.do(step, arguments)
-
-    def calibration(self, training: Training) -> dict[str, Path]:
-        return {"task": self.data / f"{training.task}_fit.jsonl", "kept": self.data / "kept.jsonl"}
 
 
 def _messages(row: Row) -> Row:
