@@ -213,7 +213,7 @@ def test_a_callers_autocast_sees_the_weights_of_each_pass(folders):
     """Its cache holds casts of parameters until its context ends, and would keep those of the first pass."""
     model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     update = {name: 5 * delta.float() for name, delta in update_of(model).items()}
-    options = FitScales("", groups="kind", steps=2, pull=0.0, keep=Keep(""))
+    options = FitScales("", groups="kind", steps=8, pull=0.0, keep=Keep(""))
     with torch.autocast("cpu", torch.bfloat16):
         found = fit_scales(model, update, rows(4, 1), options, rows(2, 2))
         host = MemoryScaledGraft(model, update)
