@@ -1,4 +1,4 @@
-"""The arms of the study: weights of the Instruct in a training on both anchors, and changes of the Base's update."""
+"""The arms of the study: weights of the Instruct in a training on both anchors, and changes of a trained update."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Given(NamedTuple):
 
 
 Change = Callable[[Delta, Given], tuple[Delta, dict[str, Any]]]
-"""Changes the Base's update, and says what is worth keeping of how."""
+"""Changes an update, and says what is worth keeping of how."""
 
 
 def anchors_of(source: str, kept: Path) -> dict[str, Any]:
@@ -102,25 +102,34 @@ CHANGED: dict[str, Change] = {
     "fitted_layer": _fitted("layer"),
     "fitted_kind": _fitted("kind"),
     "fitted_tensor": _fitted("tensor"),
+    "I_fitted_kind": _fitted("kind"),
+    "I_fitted_tensor": _fitted("tensor"),
     "gradfix": _grad_fix,
     "ties": _transformed("ties", density=0.2),
     "dare": _transformed("dare", is_random=True, density=0.2),
     "magnitude": _transformed("magnitude", density=0.1),
     "svd8": _transformed("svd", rank=8),
 }
-"""Changes of the Base's update by name of the arm: nothing is trained for them."""
-BY_ROWS = frozenset(arm for arm in CHANGED if arm == "gradfix" or arm.startswith("fitted_"))
+"""Changes of an update by name of the arm: nothing is trained for them."""
+BY_ROWS = frozenset(arm for arm in CHANGED if arm == "gradfix" or "fitted" in arm)
 """Changes that depend on rows."""
+
+
+def trained_as(source: str) -> str:
+    """The arm whose training an arm's update is from: its own, or that of B2I or I2I if their update is changed."""
+    if source not in CHANGED:
+        return source
+    return "I" if source.startswith("I_") else "B"
 
 
 def changed(
     training: Training, delta: Delta, scorer: Scorer, kept: Path, known: Mapping[str, Any]
 ) -> tuple[Delta, dict[str, Any]]:
-    """The Base's update, changed as the arm says, and what is worth keeping of how.
+    """A trained update, changed as the arm says, and what is worth keeping of how.
 
     Args:
         training: What the update is from, with the arm as its source.
-        delta: The Base's update.
+        delta: The update of B2I or I2I.
         scorer: Its model is used, and has the Instruct's weights afterwards.
         kept: File of what should be kept; the rows of the task are those for choosing, as they are scored.
         known: The result of the same change, if there is one: what has been fitted is not fitted again.

@@ -10,7 +10,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.beyond.arms import ANCHORS, CHANGED
+from experiments.beyond.arms import ANCHORS, CHANGED, trained_as
 from experiments.beyond.level import AtLevel, file_of, read_level
 from experiments.real.report import (
     EXACT,
@@ -68,15 +68,17 @@ How much lower an arm's loss is than that of B2I or I2I at equal KL, in nats per
 its α is in brackets.
 """
 _GAINS = """\
-How much lower the loss on the reported rows is than that of B2I at scale 1, and than that of one fitted scale, which \
-is found by the same objective on the same rows: first with all updates as they were fitted, whose \
-divergences differ, and then at equal KL, where one fitted scale is B2I itself. *Scales* are the smallest and the \
-largest over all groups and seeds, and *passes* those of the fits (the largest number is 60, or 15 on the real pair).
+How much lower the loss on the reported rows is than that of the same update (of B2I, or of I2I) at scale 1, and than \
+that of B2I's with one fitted scale, which is found by the same objective on the same rows: first with all updates as \
+they were fitted, whose divergences differ, and then at equal KL, where one fitted scale is the update itself. \
+*Scales* are the smallest and the largest over all groups and seeds, and *passes* those of the fits (at most 60, or 15 \
+on the real pair).
 """
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
     "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "one fitted scale",
     "fitted_layer": "scales by layer", "fitted_kind": "scales by kind", "fitted_tensor": "scales by tensor",
+    "I_fitted_kind": "I2I, scales by kind", "I_fitted_tensor": "I2I, scales by tensor",
     "gradfix": "GradFix", "ties": "TIES (20 %)",
     "dare": "DARE (20 %)", "magnitude": "magnitude (10 %)", "svd8": "SVD (rank 8)",
 }  # fmt: skip
@@ -132,8 +134,8 @@ def rates_at_level(setting: Setting) -> dict[str, float]:
 
 
 def runs_of(setting: Compared, source: str) -> list[Run]:
-    """The runs of an arm at its rate, by seed; none of an arm that was not run. B2I's changed update has B2I's rate."""
-    lr = rates_at_level(setting).get("B" if source in CHANGED else source)
+    """The runs of an arm at its rate, by seed; none of an arm that was not run. A changed update has its own rate."""
+    lr = rates_at_level(setting).get(trained_as(source))
     return sorted((r for r in setting.runs if r.source == source and r.lr == lr), key=lambda run: run.seed)
 
 
@@ -210,19 +212,20 @@ def _gains(settings: Sequence[Compared]) -> str:
     """What fitted scales gain over scale 1, and those by group over a single one."""
     lines = []
     for setting in settings:
-        for source in (arm for arm in CHANGED if arm.startswith("fitted_") and runs_of(setting, arm)):
+        for source in (arm for arm in CHANGED if "fitted" in arm and runs_of(setting, arm)):
             scales = [scale for run in runs_of(setting, source) for scale in run.raw["scales"].values()]
+            own = trained_as(source)
             gains = [
-                _text(better_by(setting, source, than, as_it_is=as_it_is)) if source != than else NONE
+                _text(better_by(setting, source, than, as_it_is=as_it_is)) if than not in (source, None) else NONE
                 for as_it_is in (True, False)
-                for than in ("B", "fitted_all")
+                for than in (own, "fitted_all" if own == "B" else None)
             ]
             passes = [len(run.raw["history"]) for run in runs_of(setting, source)]
             spans = f"{min(scales):.3f} to {max(scales):.3f}", f"{min(passes)} to {max(passes)}"
             lines.append([setting.name, NAMES[source], *spans, *gains])
     headings = (
         "setting", "arm", "scales", "passes", "lower than at scale 1 by", "than one fitted scale by",
-        "at equal KL: than B2I by", "than one fitted scale by",
+        "at equal KL: than the update itself by", "than one fitted scale by",
     )  # fmt: skip
     return markdown_table(headings, lines)
 

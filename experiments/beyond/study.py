@@ -27,7 +27,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-from experiments.beyond.arms import ANCHORS, BY_ROWS, CHANGED, FITS, anchors_of, changed
+from experiments.beyond.arms import ANCHORS, BY_ROWS, CHANGED, FITS, anchors_of, changed, trained_as
 from experiments.beyond.level import file_of, write_level
 from experiments.beyond.report import NAMES, Compared, level, rates_at_level, runs_of, write_report
 from experiments.real import study as real
@@ -106,7 +106,7 @@ class Beyond(Study):
 
     def calibration_id(self, training: Training) -> str:
         """A digest of the rows by which an update may be changed, and of the options of a fit."""
-        options = json.dumps(FITS[training.pair]).encode() if training.source.startswith("fitted") else b""
+        options = json.dumps(FITS[training.pair]).encode() if "fitted" in training.source else b""
         return digest((options, *(file.read_bytes() for file in (self.sets(training.task)["choice"], self.kept))))
 
     def meet(self, training: Training, kl: float) -> None:
@@ -133,9 +133,7 @@ class Beyond(Study):
         return setting, next(run for run in setting.runs if (run.source, run.lr, run.seed) == which)
 
     def delta_of(self, training: Training) -> Path:
-        if training.source in CHANGED:  # nothing is trained: the Base's update is changed
-            training = replace(training, source="B")
-        return super().delta_of(training)
+        return super().delta_of(replace(training, source=trained_as(training.source)))
 
 
 class Embedded(Beyond):
@@ -251,13 +249,14 @@ def run_setting(study: Beyond, setting: tuple[str, str, str], arms: Container[st
     chosen = rates_at_level(Compared(RESULTS, real.RESULTS, *setting))
     list(pool.map(study.train_and_score, trainings(setting, rates, {arm: chosen[arm] for arm in rates})))
     for source in (arm for arm in CHANGED if arm in arms):
-        list(pool.map(study.train_and_score, [Training(*setting, source, chosen["B"], seed) for seed in real.SEEDS]))
+        lr = chosen[trained_as(source)]
+        list(pool.map(study.train_and_score, [Training(*setting, source, lr, seed) for seed in real.SEEDS]))
     study.measure_cosines(*setting)
     compared = Compared(RESULTS, real.RESULTS, *setting)
     found = [run for arm in NAMES if arm in ("B", "I") or arm in arms for run in runs_of(compared, arm)]
     at_rates = [Training(*setting, run.source, run.lr, run.seed) for run in found]
     unknown = [training for run, training in zip(found, at_rates, strict=True) if compared.measured(run) is None]
-    trained = [replace(training, source="B") if training.source in CHANGED else training for training in unknown]
+    trained = [replace(training, source=trained_as(training.source)) for training in unknown]
     list(pool.map(study.delta_of, dict.fromkeys(trained)))
     list(pool.map(partial(study.meet, kl=level(compared)), at_rates))
 
