@@ -130,7 +130,7 @@ class FittedScales:
         start: Scale that all of them started from.
         step: Place of the scales in ``history``, 0 for the start.
         history: ``loss``, ``kl`` and ``objective`` of all scales that were visited.
-        is_unfinished: Whether the passes ran out before a step gained too little to go on.
+        is_unfinished: Whether the passes ran out before a step gained too little to continue.
     """
 
     groups: str
