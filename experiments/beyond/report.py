@@ -268,7 +268,7 @@ def write_report(results: Path, home: Path, others: Path) -> None:
     if not settings:
         return
     plot(settings, home / "learned_against_kl.png")
-    parts = [_HEAD, "## What decides", _DECIDES]
+    parts = [_HEAD, "## Loss at equal KL", _DECIDES]
     for than in "BI":
         parts += [f"### Against {NAMES[than]}", _overview(settings, than)]
     parts += [
