@@ -31,7 +31,7 @@ ANCHORS: dict[str, dict[str, float]] = {
 """``model.anchors`` by name of the arm; ``kl`` is its weight, on the rows that the study keeps."""
 _KEPT = 24  # rows of what should be kept, in the fit of scales: the first ones
 FITS: dict[str, dict[str, Any]] = {"embedded": {"steps": 60}, "near": {"steps": 15}}
-"""Options of a fit of scales by pair; on the real one, a pass takes most of a minute."""
+"""Options of a fit of scales by pair; on the real one, a pass takes two minutes."""
 _VOTES = 31  # rows that vote on the signs of GradFix at most, the default of graft.variants
 
 

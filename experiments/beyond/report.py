@@ -36,14 +36,14 @@ Made by `python experiments/beyond/study.py` from the result files in `results/`
 **Arms.** B2I trains the Base and adds its update to the Instruct; I2I trains the Instruct. *anchors α* trains one \
 update on both, with weight α on the Instruct (`model.anchors`); *anchors late* has α = 0.5 in the last quarter of \
 the steps and 0 before; *with KL* adds the divergence from the Instruct on other rows at weight 1 \
-(`model.anchors.kl`). The others change the update of B2I at its rate, and train nothing: *one fitted scale*, *scales \
-by layer*, *by kind* and *by tensor* are `graft.fit_scales` on the rows for choosing, \
-with the divergence on the first 24 of those other rows at weight 1; *GradFix* keeps the elements whose sign is that \
-of a step down the Instruct's own gradient on the rows for choosing, at most 31 (arXiv 2510.09658); *TIES* and \
-*magnitude* keep the largest elements of each matrix, and differ for a single update in how many; *DARE* keeps \
-random ones, which it scales up; *SVD* cuts each matrix to its largest singular values. Arms without results \
-are left out. Every update is scored at several scales, from 0.05 to 1.5 on the embedded pair; on the real one at 0.5, \
-1 and 1.5 (B2I and I2I), or 0.5 and 1.
+(`model.anchors.kl`). The others change the update of B2I (*I2I, scales by ...*: that of I2I) at its rate, and train \
+nothing: *one fitted scale*, *scales by layer*, *by kind* and *by tensor* are `graft.fit_scales` on the rows for \
+choosing, with the divergence on the first 24 of those other rows at weight 1; *GradFix* keeps the elements whose \
+sign is that of a step down the Instruct's own gradient on the rows for choosing, at most 31 (arXiv 2510.09658); \
+*TIES* and *magnitude* keep the largest elements of each matrix, and differ for a single update in how many; \
+*DARE* keeps random ones, which it scales up; *SVD* cuts each matrix to its largest singular values. Arms without \
+results are left out. Every update is scored at several scales, from 0.05 to 1.5 on the embedded pair; on the real one \
+at 0.5, 1 and 1.5 (B2I and I2I), or 0.5 and 1.
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
 600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
@@ -56,7 +56,7 @@ the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the
 choosing). Every arm is scaled until it first diverges so far, and scored there; the scale is found to a thousandth. \
 An arm of which a seed doesn't diverge so far at 4 times its update is not compared. Arms that are trained have the \
 rate whose loss at equal KL is the lowest on the rows for choosing (of three; on the real pair, anchors have those of \
-B2I and I2I to choose from), and changes of B2I's update that of B2I. \
+B2I and I2I to choose from), and a changed update that of its own arm. \
 For the choice of rates, and where an arm is marked with \\*, losses are interpolated between the scales that were \
 scored, linearly in the square root of the divergence: a little too high where they are convex. \
 Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \

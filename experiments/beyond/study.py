@@ -3,7 +3,7 @@
     python experiments/beyond/study.py [--runs runs/beyond] [--workers 2] [--only embedded/skill_bare_lora ...]
     python experiments/beyond/study.py --shared ../shared --runs runs/real --only near/tools_lora
 
-Trains one update on both anchors at several weights of the Instruct, changes the Base's update in the ways that
+Trains one update on both anchors at several weights of the Instruct, changes a trained update in the ways that
 ``arms.py`` lists, scores every scale of all of them row by row, and writes ``experiments/beyond/results`` and
 ``REPORT.md``. What is finished is skipped. The real pairs, their rows and the two arms that they share with
 ``experiments/real`` are that study's, so it comes first; on them anchors have the rates that B2I and I2I chose.
@@ -55,7 +55,7 @@ _NUM_KEPT = 40  # rows of each kind of what the Instruct could do before
 
 
 class Beyond(Study):
-    """The study on a real pair, with arms that train on both anchors or change the Base's update."""
+    """The study on a real pair, with arms that train on both anchors or change a trained update."""
 
     scales = (0.5, 1.0)  # and where it diverges as the others do
 

@@ -13,16 +13,16 @@ kept: the inner product of a parameter's gradient with its update is one number.
 where L is the cross entropy per supervised token of the calibration rows, KL the divergence ``KL(graft ‖ Instruct)``
 per supervised token of other rows, which the task should not change, and λ₀ the scale that the graft has otherwise (1
 in the paper). L is not the training's objective: the value of one that weighs tokens without a gradient (DFT, EAFT)
-also falls where the answers become unlikely, and would choose wrong scales. J is a smooth function of a few numbers,
-without noise from batches, so L-BFGS (scipy's L-BFGS-B) minimises it from λ₀. Of the scales that were visited, those
-with the lowest J are the result, so that it is never above J(λ₀). Imports no torch.
+also falls where the answers become unlikely, and would choose wrong scales. J is a function of a few numbers without
+noise from batches, and smooth but for the rounding of the weights, so L-BFGS (SciPy's L-BFGS-B) minimises it from λ₀.
+It finds a local minimum. Of the scales that were visited, those with the lowest J are the result, so that it is never
+above J(λ₀). Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -72,7 +72,7 @@ class FitScales:
 
     data: str
     groups: Grouping = "layer"
-    steps: int = 30
+    steps: int = 60
     pull: float = 0.01
     keep: Keep | None = None
     batch_size: int | None = None
@@ -87,7 +87,7 @@ class FitScales:
         if self.steps < 1 or not (math.isfinite(weight) and math.isfinite(self.pull)) or weight <= 0 or self.pull < 0:
             raise GraftError(
                 f"fit_scales is {self}; expected at least one step, keep.weight above 0 and a pull of at least 0, both "
-                "finite. Correct it, e.g. {data: calibration.jsonl, groups: layer, steps: 30}."
+                "finite. Correct it, e.g. {data: calibration.jsonl, groups: layer, steps: 60}."
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise GraftError(f"fit_scales.batch_size is {self.batch_size}; expected at least 1, or null.")
@@ -130,7 +130,7 @@ class FittedScales:
         start: Scale that all of them started from.
         step: Place of the scales in ``history``, 0 for the start.
         history: ``loss``, ``kl`` and ``objective`` of all scales that were visited.
-        is_unfinished: Whether the passes ran out before a step gained too little to continue.
+        ended: Why the fit ended before a step gained too little to continue; empty if it did not.
     """
 
     groups: str
@@ -139,7 +139,7 @@ class FittedScales:
     start: float
     step: int
     history: list[dict[str, float]]
-    is_unfinished: bool = False
+    ended: str = ""
 
     @property
     def line(self) -> str:
@@ -153,13 +153,14 @@ class FittedScales:
         line = f"scales: {found}, {values}: calibration loss {number(before['loss'])} → {number(after['loss'])}"
         if any(entry["kl"] for entry in self.history):
             line += f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}"
-        return line + (f"; stopped after {len(self.history)} passes: raise steps" if self.is_unfinished else "")
+        return f"{line}; {self.ended}" if self.ended else line
 
     @property
     def about(self) -> dict[str, Any]:
         """What a manifest has of it: everything except the scales of single parameters."""
         return {
             "groups": self.groups, "scales": self.scales, "start": self.start, "step": self.step,
+            "passes": len(self.history), "ended": self.ended,
             "before": self.history[0], "after": self.history[self.step],
         }  # fmt: skip
 
@@ -203,7 +204,7 @@ def fit(
 
     def objective(moved: np.ndarray) -> tuple[float, np.ndarray]:
         if len(history) == options.steps:
-            raise _Spent
+            raise _Stopped("all steps were taken before the end: raise steps")
         # Float32 multiplies the update by what is stored.
         scales = (start + _FIRST * moved).astype(np.float32).astype(np.float64)
         visited.append(dict(zip(groups, scales.tolist(), strict=True)))
@@ -212,22 +213,27 @@ def fit(
         value = found.loss + weight * found.kl + options.pull * float(np.square(distance).mean())
         slopes = np.array([found.slopes.get(group, 0.0) for group in groups])
         if not (math.isfinite(value) and np.isfinite(slopes).all()):
+            if history:
+                raise _Stopped(f"pass {len(visited)} had a loss that was not finite: raise pull")
             raise GraftError(
                 f"fit_scales: the loss of the calibration rows is {found.loss:.4g} and the divergence {found.kl:.4g} "
-                f"in pass {len(visited)} of at most {options.steps}, or a derivative of theirs is not finite. Check "
-                "the rows, or raise graft.fit_scales.pull, which keeps the scales where they start."
+                f"at a scale of {start:g}, or a derivative of theirs is not finite. Check the rows and the training."
             )
         history.append({"loss": found.loss, "kl": found.kl, "objective": value})
         return value, _FIRST * (slopes + 2 * options.pull / len(groups) * distance)
 
-    is_unfinished = True
-    with suppress(_Spent):
-        minimize(objective, np.zeros(len(groups)), jac=True, method="L-BFGS-B", options={"ftol": _TOLERANCE})
-        is_unfinished = False
+    ended = ""
+    try:
+        at = np.zeros(len(groups))
+        result = minimize(objective, at, jac=True, method="L-BFGS-B", options={"ftol": _TOLERANCE})
+        if not result.success:
+            ended = "the line search found nothing lower"
+    except _Stopped as stopped:
+        ended = str(stopped)
     best = min(range(len(history)), key=lambda step: history[step]["objective"])
     by_tensor = {name: visited[best][group] for name, group in by_name.items()}
-    return FittedScales(options.groups, visited[best], by_tensor, start, best, history, is_unfinished)
+    return FittedScales(options.groups, visited[best], by_tensor, start, best, history, ended)
 
 
-class _Spent(Exception):
-    """All passes have been made."""
+class _Stopped(Exception):
+    """The fit can't continue; what was found so far counts."""

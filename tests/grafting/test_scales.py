@@ -37,7 +37,7 @@ def test_groups(groups, expected):
 def test_the_minimum_is_found(curvature):
     best = {"layer_00": 0.7, "layer_01": 1.0, "other": 3.2}
     fitted = fit(quadratic(best, curvature), NAMES, FitScales("x", pull=0))
-    assert fitted.scales == pytest.approx(best, abs=0.03) and fitted.start == 1 and not fitted.is_unfinished
+    assert fitted.scales == pytest.approx(best, abs=0.03) and fitted.start == 1 and not fitted.ended
     assert fitted.scales["layer_01"] == 1  # its derivative is zero, and it does not move
     assert list(fitted.by_tensor.values()) == list(fitted.scales.values())
     assert all(value == float(torch.tensor(value, dtype=torch.float32)) for value in fitted.scales.values())
@@ -83,8 +83,8 @@ def test_one_scale_for_everything_is_reported_as_one():
 def test_a_fit_that_its_passes_have_ended_is_reported():
     best = {"layer_00": 0.7, "layer_01": 9.0, "other": 1.0}
     fitted = fit(quadratic(best), NAMES, FitScales("x", steps=3, pull=0))
-    assert len(fitted.history) == 3 and fitted.line.endswith("; stopped after 3 passes: raise steps")
-    assert "stopped" not in fit(quadratic(best), NAMES, FitScales("x", pull=0)).line
+    assert len(fitted.history) == 3 and fitted.line.endswith("; all steps were taken before the end: raise steps")
+    assert "raise" not in fit(quadratic(best), NAMES, FitScales("x", pull=0)).line
 
 
 def test_the_best_visited_scales_are_the_result():
@@ -93,8 +93,21 @@ def test_the_best_visited_scales_are_the_result():
     def worse(scales):
         return Measured(sum(abs(x - 1) for x in scales.values()), 0.0, dict.fromkeys(scales, 1.0))
 
-    fitted = fit(worse, NAMES, FitScales("x", steps=3), start=1.0)
-    assert fitted.step == 0 and set(fitted.scales.values()) == {1.0} and len(fitted.history) == 3
+    fitted = fit(worse, NAMES, FitScales("x"), start=1.0)
+    assert fitted.step == 0 and set(fitted.scales.values()) == {1.0} and 1 < len(fitted.history) < 60
+    assert fitted.line.endswith("; the line search found nothing lower")
+
+
+def test_a_step_that_is_too_far_does_not_lose_the_steps_before():
+    """``(λ − 3)²`` up to 1.5, where it stops being a number: the scales before that are the result."""
+
+    def measure(scales):
+        value = scales["all"]
+        return Measured((value - 3) ** 2 if value < 1.5 else math.nan, 0.0, {"all": 2 * (value - 3)})
+
+    fitted = fit(measure, NAMES, FitScales("x", groups="all", pull=0))
+    assert fitted.scales["all"] == 1.25 and fitted.about["ended"] in fitted.line
+    assert fitted.line.endswith("; pass 3 had a loss that was not finite: raise pull")
 
 
 def test_the_divergence_counts_with_its_weight():
@@ -105,7 +118,7 @@ def test_the_divergence_counts_with_its_weight():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_an_error(loss):
-    with pytest.raises(GraftError, match=r"in pass 1 of at most 2,.* raise graft\.fit_scales\.pull"):
+    with pytest.raises(GraftError, match=r"at a scale of 1, or a derivative.* Check the rows"):
         fit(lambda scales: Measured(loss, 0.0, {}), NAMES, FitScales("x", steps=2))
 
 
