@@ -192,7 +192,7 @@ def fit(
         start: Scale λ₀ that the graft has otherwise.
 
     Raises:
-        GraftError: A loss or a slope is not finite.
+        GraftError: The loss or a slope is not finite at the start.
     """
     from scipy.optimize import minimize  # late, since it takes tenths of a second
 
