@@ -111,7 +111,9 @@ CHANGED: dict[str, Change] = {
     "svd8": _transformed("svd", rank=8),
 }
 """Changes of an update by name of the arm: nothing is trained for them."""
-BY_ROWS = frozenset(arm for arm in CHANGED if arm == "gradfix" or "fitted" in arm)
+FITTED = [arm for arm in CHANGED if "fitted" in arm]
+"""Changes that are fits of scales."""
+BY_ROWS = {*FITTED, "gradfix"}
 """Changes that depend on rows."""
 
 

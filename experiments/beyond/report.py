@@ -10,7 +10,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.beyond.arms import ANCHORS, CHANGED, trained_as
+from experiments.beyond.arms import ANCHORS, CHANGED, FITTED, trained_as
 from experiments.beyond.level import AtLevel, file_of, read_level
 from experiments.real.report import (
     EXACT,
@@ -56,7 +56,7 @@ the divergences of B2I and I2I at scale 1 (first seed, each at the rate with the
 choosing). Every arm is scaled until it first diverges so far, and scored there; the scale is found to a thousandth. \
 An arm of which a seed doesn't diverge so far at 4 times its update is not compared. Arms that are trained have the \
 rate whose loss at equal KL is the lowest on the rows for choosing (of three; on the real pair, anchors have those of \
-B2I and I2I to choose from), and a changed update that of its own arm. \
+B2I and I2I to choose from), and a changed update that of the arm that it is from. \
 For the choice of rates, and where an arm is marked with \\*, losses are interpolated between the scales that were \
 scored, linearly in the square root of the divergence: a little too high where they are convex. \
 Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \
@@ -134,7 +134,10 @@ def rates_at_level(setting: Setting) -> dict[str, float]:
 
 
 def runs_of(setting: Compared, source: str) -> list[Run]:
-    """The runs of an arm at its rate, by seed; none of an arm that was not run. A changed update has its own rate."""
+    """The runs of an arm at its rate, by seed; none of an arm that was not run.
+
+    A changed update has the rate of the arm that it is from.
+    """
     lr = rates_at_level(setting).get(trained_as(source))
     return sorted((r for r in setting.runs if r.source == source and r.lr == lr), key=lambda run: run.seed)
 
@@ -212,7 +215,7 @@ def _gains(settings: Sequence[Compared]) -> str:
     """What fitted scales gain over scale 1, and those by group over a single one."""
     lines = []
     for setting in settings:
-        for source in (arm for arm in CHANGED if "fitted" in arm and runs_of(setting, arm)):
+        for source in (arm for arm in FITTED if runs_of(setting, arm)):
             scales = [scale for run in runs_of(setting, source) for scale in run.raw["scales"].values()]
             own = trained_as(source)
             gains = [

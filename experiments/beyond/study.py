@@ -27,7 +27,7 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each worker
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
-from experiments.beyond.arms import ANCHORS, BY_ROWS, CHANGED, FITS, anchors_of, changed, trained_as
+from experiments.beyond.arms import ANCHORS, BY_ROWS, CHANGED, FITS, FITTED, anchors_of, changed, trained_as
 from experiments.beyond.level import file_of, write_level
 from experiments.beyond.report import NAMES, Compared, level, rates_at_level, runs_of, write_report
 from experiments.real import study as real
@@ -58,11 +58,12 @@ class Beyond(Study):
     """The study on a real pair, with arms that train on both anchors or change a trained update."""
 
     scales = (0.5, 1.0)  # and where it diverges as the others do
+    _kept = "instruct_train"
 
     @property
     def kept(self) -> Path:
         """Rows of what should be kept, by which an update may be changed or trained."""
-        return self.data / "instruct_train.jsonl"
+        return self.data / f"{self._kept}.jsonl"
 
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
         config, overrides = super().recipe(training)
@@ -99,14 +100,15 @@ class Beyond(Study):
 
     def is_finished(self, training: Training, results: Path) -> bool:
         """Whether there is a result by its recipe, and by the rows that the update is changed by, if it is by rows."""
-        if not super().is_finished(training, results) or training.source not in BY_ROWS:
-            return super().is_finished(training, results)
+        found = super().is_finished(training, results)
+        if not found or training.source not in BY_ROWS:
+            return found
         known = read_result(results / f"{training.name}.json", lambda raw: raw.get("calibration"))
         return bool(known == self.calibration_id(training))
 
     def calibration_id(self, training: Training) -> str:
         """A digest of the rows by which an update may be changed, and of the options of a fit."""
-        options = json.dumps(FITS[training.pair]).encode() if "fitted" in training.source else b""
+        options = json.dumps(FITS[training.pair]).encode() if training.source in FITTED else b""
         return digest((options, *(file.read_bytes() for file in (self.sets(training.task)["choice"], self.kept))))
 
     def meet(self, training: Training, kl: float) -> None:
@@ -140,11 +142,7 @@ class Embedded(Beyond):
     """The same on the embedded pair: a new skill, in bare answers or in the Instruct's own style."""
 
     scales = (0.05, 0.15, 0.5, 1.0, 1.5)
-
-    @property
-    def kept(self) -> Path:
-        """Rows of what should be kept, by which an update may be changed or trained."""
-        return self.data / "kept.jsonl"
+    _kept = "kept"
 
     def __init__(self, runs: Path) -> None:
         super().__init__(runs, runs, RESULTS)

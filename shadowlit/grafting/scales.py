@@ -207,18 +207,19 @@ def fit(
             raise _Stopped("all steps were taken before the end: raise steps")
         # Float32 multiplies the update by what is stored.
         scales = (start + _FIRST * moved).astype(np.float32).astype(np.float64)
-        visited.append(dict(zip(groups, scales.tolist(), strict=True)))
-        found = measure(visited[-1])
+        by_group = dict(zip(groups, scales.tolist(), strict=True))
+        found = measure(by_group)
         distance = scales - start
         value = found.loss + weight * found.kl + options.pull * float(np.square(distance).mean())
         slopes = np.array([found.slopes.get(group, 0.0) for group in groups])
         if not (math.isfinite(value) and np.isfinite(slopes).all()):
             if history:
-                raise _Stopped(f"pass {len(visited)} had a loss that was not finite: raise pull")
+                raise _Stopped(f"pass {len(history) + 1} had a loss that was not finite: raise pull")
             raise GraftError(
                 f"fit_scales: the loss of the calibration rows is {found.loss:.4g} and the divergence {found.kl:.4g} "
                 f"at a scale of {start:g}, or a derivative of theirs is not finite. Check the rows and the training."
             )
+        visited.append(by_group)
         history.append({"loss": found.loss, "kl": found.kl, "objective": value})
         return value, _FIRST * (slopes + 2 * options.pull / len(groups) * distance)
 

@@ -37,7 +37,7 @@ def test_groups(groups, expected):
 def test_the_minimum_is_found(curvature):
     best = {"layer_00": 0.7, "layer_01": 1.0, "other": 3.2}
     fitted = fit(quadratic(best, curvature), NAMES, FitScales("x", pull=0))
-    assert fitted.scales == pytest.approx(best, abs=0.03) and fitted.start == 1 and not fitted.ended
+    assert fitted.scales == pytest.approx(best, abs=1e-3) and fitted.start == 1 and not fitted.ended
     assert fitted.scales["layer_01"] == 1  # its derivative is zero, and it does not move
     assert list(fitted.by_tensor.values()) == list(fitted.scales.values())
     assert all(value == float(torch.tensor(value, dtype=torch.float32)) for value in fitted.scales.values())
@@ -54,7 +54,7 @@ def test_a_steep_wall_is_left_behind():
     fitted = fit(measure, NAMES, FitScales("x", groups="all", pull=0))
     values = [scale / 1e5 for scale in range(1, 200_000)]
     expected = min(values, key=lambda value: (value - 0.2) ** 2 + 4 * math.exp(20 * (value - 1)))
-    assert fitted.scales["all"] == pytest.approx(expected, abs=0.02)
+    assert fitted.scales["all"] == pytest.approx(expected, abs=5e-3)
 
 
 def test_the_first_step_has_one_length():
@@ -68,8 +68,8 @@ def test_the_first_step_has_one_length():
 def test_the_pull_is_towards_the_start():
     """Of ½ (λ − 0)² + pull (λ − 1)² for one group the minimum is 2 pull / (1 + 2 pull): 1/2 for a pull of ½."""
     fitted = fit(quadratic({"q_proj": 0.0}), NAMES[:2], FitScales("x", groups="kind", pull=0.5))
-    assert fitted.scales["q_proj"] == pytest.approx(0.5, abs=1e-2)
-    assert fitted.history[-1]["objective"] == pytest.approx(0.125 + 0.5 * 0.25, abs=1e-4)
+    assert fitted.scales["q_proj"] == pytest.approx(0.5, abs=1e-3)
+    assert fitted.history[-1]["objective"] == pytest.approx(0.125 + 0.5 * 0.25, abs=1e-5)
 
 
 def test_one_scale_for_everything_is_reported_as_one():
