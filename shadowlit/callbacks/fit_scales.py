@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,7 +149,7 @@ def fit_at_end(
         return calibration(scales)
 
     with isolate_rng():
-        found = fit(measure, host.parameters, options, start)
+        found = _fit_on_first_rank(trainer, measure, host.parameters, options, start)
     seconds = time.perf_counter() - begun
     lines = [f"{found.line}; fitted in {duration(seconds)}"]
     fitted = Subject("fitted", start, variant=subject.variant)
@@ -161,6 +162,37 @@ def fit_at_end(
     for logger in trainer.loggers:
         logger.log_metrics(logged, step=trainer.global_step)
     return FittedGraft(fitted, found, metrics, lines, graft.fingerprint())
+
+
+def _fit_on_first_rank(
+    trainer: Trainer, measure: Callable[[Mapping[str, float]], Measured], names: Iterable[str], options: FitScales,
+    start: float,
+) -> FittedScales:  # fmt: skip
+    """Fit on rank 0, while the others take part in its passes; a collective, with its result or error on every rank.
+
+    Ranks that each ran the optimizer could differ in the last bits of a scale, and so in their number of passes.
+    """
+    share = trainer.strategy.broadcast
+    found: FittedScales | GraftError | Mapping[str, float] | None = None
+    if trainer.is_global_zero:
+
+        def lead(scales: Mapping[str, float]) -> Measured:
+            share(scales)
+            return measure(scales)
+
+        try:
+            found = fit(lead, names, options, start)
+        except GraftError as error:
+            found = error
+        share(found)
+    else:
+        while isinstance(found := share(None), Mapping):
+            with suppress(GraftError):  # rank 0 has it too, and sends it
+                measure(found)
+    if isinstance(found, GraftError):
+        raise found
+    assert isinstance(found, FittedScales)
+    return found
 
 
 def _scores(

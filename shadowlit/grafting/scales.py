@@ -185,8 +185,7 @@ def fit(
     """Find the scales of groups of tensors; see the module's docstring.
 
     Args:
-        measure: Function from the scale of each group to what is measured with them; a collective where there are
-            several ranks, with equal results on all.
+        measure: Function from the scale of each group to what is measured with them.
         names: Names of the grafted tensors.
         options: Groups, steps, pull and weights.
         start: Scale λ₀ that the graft has otherwise.

@@ -27,9 +27,9 @@ from shadowlit.delta.delta import Delta
 from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.evaluation.forgetting import Divergence
 from shadowlit.grafting.manifest import read_manifest
-from shadowlit.grafting.scales import FitScales, FittedScales, group_of
+from shadowlit.grafting.scales import FitScales, FittedScales, Measured, group_of
 from shadowlit.training import fit_scales as module_of_pass
-from shadowlit.training.fit_scales import require_fittable
+from shadowlit.training.fit_scales import Calibration, require_fittable
 from shadowlit.training.objectives import DFT, DPO, SFT
 from tests.callbacks.test_graft import KINDS, assert_same, make_module, make_trainer, metrics, weights
 from tests.data.templates import talk
@@ -376,11 +376,20 @@ def fit_on_ranks(folders, files, kind, strategy, world_size, out):
         return found
 
     # The first step has one length, whatever the size of the slopes is, so these are compared too. The process is this
-    # test's own.
-    callback_module.fit = lambda measure, *rest: fit(lambda *args: keep(measure(*args)), *rest)
+    # test's own. Another rank must not run the optimizer, which might take another number of passes there.
+    def on_first_rank(measure, *rest):
+        assert module.global_rank == 0
+        return fit(lambda *args: keep(measure(*args)), *rest)
+
+    callback_module.fit = on_first_rank
     trainer.fit(module, data)
     found = export._fitted
-    return {"slopes": slopes[0], "scales": found.found.scales, "history": found.found.history, "metrics": found.metrics}
+    return {
+        "slopes": slopes[:1],
+        "scales": found.found.scales,
+        "history": found.found.history,
+        "metrics": found.metrics,
+    }
 
 
 @pytest.mark.parametrize(("kind", "strategies"), [("full", ["ddp", "fsdp2"]), ("lora", ["ddp"])])
@@ -390,14 +399,31 @@ def test_two_processes_are_one(tmp_path, folders, files, kind, strategies):
     assert len(set(one["scales"].values())) == 7
     for strategy in strategies:
         ranks = run_ranks(fit_on_ranks, 2, folders, files, kind, strategy, 2, tmp_path / strategy)
-        assert ranks[0] == ranks[1]
-        largest = max(map(abs, one["slopes"].values()))
-        assert ranks[0]["slopes"] == pytest.approx(one["slopes"], rel=1e-3, abs=1e-3 * largest)
+        assert ranks[1] == {**ranks[0], "slopes": []}
+        (slopes,), (expected,) = ranks[0]["slopes"], one["slopes"]
+        assert slopes == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected.values())))
         assert ranks[0]["scales"] == pytest.approx(one["scales"], abs=2e-3)
         for mine, theirs in zip(ranks[0]["history"], one["history"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-7)
         assert ranks[0]["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
         assert read_manifest(tmp_path / strategy / "model")["logits_against_validated"]["max_abs"] == 0
+
+
+def fail_on_ranks(folders, files, out):
+    """A loss that is not finite, which rank 0 alone looks at: the message that this rank fails with."""
+
+    def measure(self, scales):
+        return Measured(float("nan"), 0.0, dict.fromkeys(scales, 0.0))
+
+    Calibration.__call__ = measure  # the process is this test's own
+    with pytest.raises(GraftError) as error:
+        fit_on_ranks(folders, files, "full", "ddp", 2, out)
+    return str(error.value)
+
+
+def test_every_rank_raises_the_error_of_a_fit(tmp_path, folders, files):
+    messages = run_ranks(fail_on_ranks, 2, folders, files, tmp_path)
+    assert messages[0] == messages[1] and "loss of the calibration rows is nan" in messages[0]
 
 
 def test_an_adapter_under_fsdp2_is_refused(folders, files):
