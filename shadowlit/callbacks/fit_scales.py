@@ -6,7 +6,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.errors import GraftError
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
-from shadowlit.grafting.scales import EVERYTHING, FitScales, FittedScales, Measured, fit, group_of
+from shadowlit.grafting.scales import EVERYTHING, FitScales, FittedScales, Measured, NotFiniteError, fit, group_of
 from shadowlit.grafting.subject import Subject
 from shadowlit.text import duration, number
 from shadowlit.training.bar import show
@@ -168,12 +167,12 @@ def _fit_on_first_rank(
     trainer: Trainer, measure: Callable[[Mapping[str, float]], Measured], names: Iterable[str], options: FitScales,
     start: float,
 ) -> FittedScales:  # fmt: skip
-    """Fit on rank 0, while the others take part in its passes; a collective, with its result or error on every rank.
+    """Fit on rank 0, while the others take part in its passes; a collective, with its result on every rank.
 
     Ranks that each ran the optimizer could differ in the last bits of a scale, and so in their number of passes.
     """
     share = trainer.strategy.broadcast
-    found: FittedScales | GraftError | Mapping[str, float] | None = None
+    found: FittedScales | NotFiniteError | Mapping[str, float] | None = None
     if trainer.is_global_zero:
 
         def lead(scales: Mapping[str, float]) -> Measured:
@@ -182,14 +181,13 @@ def _fit_on_first_rank(
 
         try:
             found = fit(lead, names, options, start)
-        except GraftError as error:
+        except NotFiniteError as error:
             found = error
         share(found)
     else:
         while isinstance(found := share(None), Mapping):
-            with suppress(GraftError):  # rank 0 has it too, and sends it
-                measure(found)
-    if isinstance(found, GraftError):
+            measure(found)
+    if isinstance(found, NotFiniteError):
         raise found
     assert isinstance(found, FittedScales)
     return found

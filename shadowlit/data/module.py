@@ -21,6 +21,7 @@ from shadowlit.data.collate import Collate, PackCollate, PromptCollate
 from shadowlit.data.context_batches import ContextCollate, ContextDataset
 from shadowlit.data.conversation import gathered, raise_all, some_of
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
+from shadowlit.data.given import Given
 from shadowlit.data.images import ImageCollate
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.mixing import Mixture
@@ -40,7 +41,7 @@ from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
 from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import ShardedBatchSampler, evaluation_order
-from shadowlit.data.settings import DataSettings, Given
+from shadowlit.data.settings import DataSettings
 from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError, counted

@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from shadowlit.data.context_batches import ContextDataset
 from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.given import Source
 from shadowlit.data.mixing import MixedPacks, Mixture
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grouped_order
-from shadowlit.data.settings import DataSettings, Source
+from shadowlit.data.settings import DataSettings
 from shadowlit.errors import DataError, counted
 
 _CONTENT, _SIZES = "checksum of the samples", "bytes of the files"  # not in checkpoints of earlier versions

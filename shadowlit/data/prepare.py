@@ -22,10 +22,11 @@ from shadowlit.data.conversation import Conversation, some_of
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.formats import DOCUMENT
+from shadowlit.data.given import Source
 from shadowlit.data.images import ImageProcessing
 from shadowlit.data.rendering import check_template, load_template, renders_date
 from shadowlit.data.sampler import epoch_order
-from shadowlit.data.settings import DataSettings, Source
+from shadowlit.data.settings import DataSettings
 from shadowlit.data.sources import digest_source, folder_of, log_message, read_conversations
 from shadowlit.data.template import encode_document, encode_question, encode_turns
 from shadowlit.data.tokenise import Skipped, tokenise, tokenise_prompts

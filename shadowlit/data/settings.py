@@ -14,6 +14,7 @@ from shadowlit.arguments import fits, takes_plain_values
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples
+from shadowlit.data.given import Given, Source
 from shadowlit.data.packing import Packing
 from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.data.template import LossOn
@@ -28,35 +29,6 @@ _LEAST = {
 }  # fmt: skip
 _NULLABLE = ("num_workers", "limit_train_samples", "pad_to_multiple_of")
 
-
-@dataclass(frozen=True)
-class Source:
-    """A source of rows, and how it is read.
-
-    Args:
-        path: File, folder or hub data set.
-        format: Format of this source; null for ``data.format``.
-        columns: Names of its columns; null for ``data.columns``.
-        ignore_columns: Columns that are deliberately left out; null for ``data.ignore_columns``.
-        weight: Share of this source in the training data, relative to the weights of the others. null takes all rows
-            of all sources.
-        max_rows: Number of rows that are read, from the beginning of the source; null for all.
-    """
-
-    path: str
-    format: str | None = None
-    columns: dict[str, str] | None = None
-    ignore_columns: list[str] | None = None
-    weight: float | None = None
-    max_rows: int | None = None
-
-    def __str__(self) -> str:
-        """The path, as the user wrote it."""
-        return self.path
-
-
-Given = str | dict[str, Any] | Source
-"""A source as a user writes it: its path, or a mapping of the fields of :class:`Source`."""
 
 _FIELDS = tuple(field.name for field in fields(Source))
 _EXPECTED = {

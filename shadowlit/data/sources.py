@@ -241,7 +241,8 @@ class _Reader:
         shown = ", ".join(f"'{names.get(name, name)}' ({example})" for name, example in self.unread.items())
         return (
             f"{self.source} has columns with content that the model wouldn't see: {shown}. Leave them out with "
-            f"data.ignore_columns=[{', '.join(self.unread)}], or name the columns of the conversation in data.columns."
+            f"data.ignore_columns=[{', '.join(self.unread)}] (or ignore_columns of this source), or name the columns "
+            "of the conversation in data.columns."
         )
 
     def _preference(self, row: Row, columns: dict[str, Any]) -> Conversation:

@@ -24,12 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from shadowlit.checkpoint.names import kind_of, layer_label, layer_of, module_of
+from shadowlit.data.given import Given, path_in, place_of
 from shadowlit.errors import GraftError, counted
 from shadowlit.text import number
 
@@ -47,11 +47,12 @@ class Keep:
     """Rows on which the graft should answer as the untouched Instruct does.
 
     Args:
-        data: Source of the rows: conversations or plain text, as for training.
+        data: Source of the rows: conversations or plain text, as for training; a path, or a mapping of ``path`` and
+            how it is read.
         weight: Weight of the divergence KL(graft ‖ Instruct) per supervised token of these rows; above 0.
     """
 
-    data: str
+    data: Given
     weight: float = 1.0
 
 
@@ -60,17 +61,18 @@ class FitScales:
     """How the scales of groups of tensors are found when a training ends; see :mod:`shadowlit.grafting.scales`.
 
     Args:
-        data: Source of the calibration rows, as for training, which neither trains nor validates.
+        data: Source of the calibration rows, which neither trains nor validates; a path, or a mapping of path and how
+            it is read (format, columns, ignore_columns, max_rows).
         groups: Groups that have a scale each: decoder layers (layer; other for what is outside of them), kinds of
             tensors (kind: q_proj, k_proj, …), single tensors (tensor; a bias belongs to its weight), or one group of
             everything (all: a single scale).
         steps: Largest number of forward and backward passes over all calibration rows.
         pull: Weight of the mean squared distance of the scales from the one that the graft has otherwise; at least 0.
         keep: Rows on which the graft is kept near the untouched Instruct; null for none.
-        batch_size: Rows per rank and pass; null for data.batch_size.
+        batch_size: Rows per rank and batch; null for data.batch_size, or 8 on disk.
     """
 
-    data: str
+    data: Given
     groups: Grouping = "layer"
     steps: int = 60
     pull: float = 0.01
@@ -91,14 +93,15 @@ class FitScales:
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise GraftError(f"fit_scales.batch_size is {self.batch_size}; expected at least 1, or null.")
-        if self.keep is not None and self.data and Path(self.data).resolve() == Path(self.keep.data).resolve():
+        if self.keep is not None and self.data and place_of(self.data) == place_of(self.keep.data):
             raise GraftError(
-                f"fit_scales.data and fit_scales.keep.data are both {self.data}, so that the graft would have to learn "
-                "these rows and to answer them as the Instruct does. Give keep rows that the task should not change."
+                f"fit_scales.data and fit_scales.keep.data are both {path_in(self.data)}, so that the graft would have "
+                "to learn these rows and to answer them as the Instruct does. Give keep rows that the task should not "
+                "change."
             )
 
     @property
-    def sources(self) -> dict[str, str]:
+    def sources(self) -> dict[str, Given]:
         """The sources of the rows by their keys in the configuration of a training."""
         keep = {} if self.keep is None else {"graft.fit_scales.keep.data": self.keep.data}
         return {"graft.fit_scales.data": self.data, **keep}
@@ -191,7 +194,7 @@ def fit(
         start: Scale λ₀ that the graft has otherwise.
 
     Raises:
-        GraftError: The loss or a slope is not finite at the start.
+        NotFiniteError: The loss or a slope is not finite at the start.
     """
     from scipy.optimize import minimize  # late, since it takes tenths of a second
 
@@ -202,7 +205,7 @@ def fit(
     history: list[dict[str, float]] = []
 
     def objective(moved: np.ndarray) -> tuple[float, np.ndarray]:
-        if len(history) == options.steps:
+        if len(history) >= options.steps:
             raise _Stopped("all steps were taken before the end: raise steps")
         # Float32 multiplies the update by what is stored.
         scales = (start + _FIRST * moved).astype(np.float32).astype(np.float64)
@@ -213,8 +216,8 @@ def fit(
         slopes = np.array([found.slopes.get(group, 0.0) for group in groups])
         if not (math.isfinite(value) and np.isfinite(slopes).all()):
             if history:
-                raise _Stopped(f"pass {len(history) + 1} had a loss that was not finite: raise pull")
-            raise GraftError(
+                raise _Stopped(f"pass {len(history) + 1} had a loss or a derivative that was not finite: raise pull")
+            raise NotFiniteError(
                 f"fit_scales: the loss of the calibration rows is {found.loss:.4g} and the divergence {found.kl:.4g} "
                 f"at a scale of {start:g}, or a derivative of theirs is not finite. Check the rows and the training."
             )
@@ -233,6 +236,10 @@ def fit(
     best = min(range(len(history)), key=lambda step: history[step]["objective"])
     by_tensor = {name: visited[best][group] for name, group in by_name.items()}
     return FittedScales(options.groups, visited[best], by_tensor, start, best, history, ended)
+
+
+class NotFiniteError(GraftError):
+    """A fit that can't start; of several ranks, the one that runs the optimizer alone finds it."""
 
 
 class _Stopped(Exception):

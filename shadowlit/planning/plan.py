@@ -27,6 +27,7 @@ from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.names import is_of_experts
 from shadowlit.data.conversation import DataErrors
+from shadowlit.data.given import Given
 from shadowlit.data.module import ShadowData
 from shadowlit.data.rendering import load_template
 from shadowlit.errors import DataError, ShadowlitError, counted
@@ -118,8 +119,8 @@ class Plan:
                 self.module.open_start(self.trainer["precision"])
             if self.module.anchors is not None:
                 require_steps(self.module.anchors, self.trainer["accumulate_grad_batches"])
-                if self.module.anchors.kl is not None:
-                    data.extra_loader(KL_ROWS, self.module.anchors.kl.data)
+            for key, source in self._own_rows():
+                data.extra_loader(key, source)
             if not data.train:
                 raise DataError("data.train is not set. Give the file to train on.")
             data.setup("fit")
@@ -129,6 +130,15 @@ class Plan:
         if self.on_cpu:  # the libraries' own memory, as large in this process as in a training
             self.process = peak_memory_bytes(torch.device("cpu"))
         return problems
+
+    def _own_rows(self) -> Iterator[tuple[str, Given]]:
+        """The keys and sources of rows that neither train nor measure, but that a training reads."""
+        if self.module.anchors is not None and self.module.anchors.kl is not None:
+            yield KL_ROWS, self.module.anchors.kl.data
+        if self.graft.fit_scales is not None:
+            yield from self.graft.fit_scales.sources.items()
+        for transforms in self.graft.all_transforms:
+            yield from ((transforms.key, rows.data) for rows in transforms.gradient_rows)
 
     def read_headers(self) -> None:
         """Read the Instruct's headers; of models on the hub no weights are downloaded."""

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shadowlit.data.given import Given
 from shadowlit.data.sampler import ShardedBatchSampler
 from shadowlit.distributed import local
 from shadowlit.errors import GraftError, ShadowlitError
@@ -112,7 +113,7 @@ class Anchors:
             return 0.0
         if self.initial is None:
             return self.instruct
-        progress = min(1.0, (step - before) / max(1, lasting - 1))
+        progress = 1.0 if lasting == 1 else min(1.0, (step - before) / (lasting - 1))
         return (1 - progress) * self.initial + progress * self.instruct
 
 
@@ -248,7 +249,7 @@ class NeutralRows:
         checksum: Checksum of the rows.
     """
 
-    def __init__(self, trainer: Trainer, source: str) -> None:
+    def __init__(self, trainer: Trainer, source: Given) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.extra_loader(KL_ROWS, source)
         self._dataset, self._collate = loader.dataset, loader.collate_fn

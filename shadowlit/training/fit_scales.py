@@ -302,15 +302,15 @@ def fit_on_disk(plan: DiskGraft, pair: ModelPair, options: FitScales, start: flo
             hold one by one; or a loss is not finite.
         DataError: The rows can't be read.
     """
-    keep = {} if options.keep is None else {"keep": options.keep.data}
-    data = ShadowData(pair, validation={"rows": options.data, **keep})
-    data.setup("validate")
+    data, sources = ShadowData(pair), options.sources
+    for key, source in sources.items():
+        data.extra_loader(key, source)
     on_gpu = torch.cuda.is_available()
     model: Any = AutoModelForCausalLM.from_pretrained(plan.instruct.folder, dtype="auto" if on_gpu else torch.float32)
     model.to("cuda" if on_gpu else "cpu").eval()
     rounding = {plan.instruct.tensors[name].converted(plan.dtype).dtype for name in plan.selected}
     dtype = rounding.pop() if len(rounding) == 1 else None
-    sets: list[Any] = [data.dataset(f"val/{name}") for name in ("rows", *keep)]
+    sets: list[Any] = [data.dataset(key) for key in sources]
     rows, *kept = [[one[i] for i in range(len(one))] for one in sets]
     update = Delta.from_update(plan.update).only(plan.selected)
     return fit_scales(

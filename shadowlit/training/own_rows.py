@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from shadowlit.data.given import Given, path_in, place_of
 from shadowlit.errors import GraftError, counted
 from shadowlit.training.anchors import KL_ROWS
 
 
-def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
+def read_own_rows(trainer: Trainer, key: str, source: Given, why: str) -> None:
     """Read and tokenise a source as a validation set is; the data module then has it as the set ``key``.
 
     Args:
@@ -28,7 +28,9 @@ def read_own_rows(trainer: Trainer, key: str, source: str, why: str) -> None:
     """
     data = data_for(trainer, key)
     if uses := [use for use in uses_of(source, trainer) if use != key]:
-        raise GraftError(f"{key} is {source}, which is {' and '.join(uses)} too: {why}. Give rows of their own.")
+        raise GraftError(
+            f"{key} is {path_in(source)}, which is {' and '.join(uses)} too: {why}. Give rows of their own."
+        )
     data.extra_loader(key, source)
 
 
@@ -58,30 +60,25 @@ def warn_of_shared_rows(trainer: Trainer, name: str, consequence: str, *, but: C
             )
 
 
-def uses_of(source: str, trainer: Trainer) -> list[str]:
+def uses_of(source: Given, trainer: Trainer) -> list[str]:
     """Return the keys by which a run reads a source: of its data, its evaluators, and rows of their own."""
-    return [key for place, key in _uses(trainer) if place == _place(source)]
+    return [key for place, key in _uses(trainer) if place == place_of(source)]
 
 
 def _uses(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Where the rows of a run are, and their keys."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for source in getattr(data, "train_sources", ()):
-        yield _place(source.path), "data.train"
+        yield place_of(source.path), "data.train"
     for kind in ("validation", "test"):
         for name, source in getattr(data, f"{kind}_sets", {}).items():
-            yield _place(source.path), f"data.{kind}.{name}"
+            yield place_of(source.path), f"data.{kind}.{name}"
     anchors = getattr(trainer.lightning_module, "anchors", None)
     if anchors is not None and anchors.kl is not None:
-        yield _place(anchors.kl.data), KL_ROWS
+        yield place_of(anchors.kl.data), KL_ROWS
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for key, source in getattr(getattr(callback, "fit_scales", None), "sources", {}).items():
-            yield _place(source), key
+            yield place_of(source), key
         for name, evaluator in getattr(callback, "evaluators", {}).items():
             if isinstance(source := getattr(evaluator, "data", None), str):
-                yield _place(source), f"evaluation.evaluators.{name}.data"
-
-
-def _place(source: str) -> str:
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+                yield place_of(source), f"evaluation.evaluators.{name}.data"

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -263,13 +265,17 @@ def test_an_error_restores_everything(tmp_path, folders, files, monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     ({"data": "validation"}, r"graft\.fit_scales\.data is .*validation\.jsonl, which is data\.validation\.val too"),
     ({"data": "train"}, r"which is data\.train too"),
+    ({"data": {"path": "train", "max_rows": 3}}, r"data is .*train\.jsonl, which is data\.train too"),
     ({"data": "calibration", "keep": {"data": "neutral"}}, r"keep\.data is .* is evaluation\.evaluators\.kl\.data too"),
     ({"data": "neutral"}, r"which is data\.test\.test and evaluation\.evaluators\.kl\.data too"),
     ({"data": "nowhere"}, "nowhere"),
 ])  # fmt: skip
 def test_rows_of_other_uses_are_refused(tmp_path, folders, files, options, message):
     options = json.loads(json.dumps(options))
-    options["data"] = files.get(options["data"], options["data"])
+    if isinstance(options["data"], dict):
+        options["data"]["path"] = files[options["data"]["path"]]
+    else:
+        options["data"] = files.get(options["data"], options["data"])
     if "keep" in options:
         options["keep"]["data"] = files[options["keep"]["data"]]
     evaluation = EvaluationCallback({"kl": Divergence(files["neutral"])})
@@ -426,6 +432,26 @@ def test_every_rank_raises_the_error_of_a_fit(tmp_path, folders, files):
     assert messages[0] == messages[1] and "loss of the calibration rows is nan" in messages[0]
 
 
+def fail_on_one_rank(folders, files, out):
+    """An error of the second pass on rank 1 alone, such as of its memory."""
+    call = Calibration.__call__
+    passes = []
+
+    def measure(self, scales):
+        passes.append(scales)
+        if dist.get_rank() == 1 and len(passes) == 2:
+            raise GraftError("no memory")
+        return call(self, scales)
+
+    Calibration.__call__ = measure
+    fit_on_ranks(folders, files, "full", "ddp", 2, out)
+
+
+def test_an_error_of_one_rank_ends_the_fit(tmp_path, folders, files):
+    with pytest.raises(AssertionError, match=r"rank 1 of 2(.|\n)*no memory|Connection closed by peer"):
+        run_ranks(fail_on_one_rank, 2, folders, files, tmp_path, timeout_s=120)
+
+
 def test_an_adapter_under_fsdp2_is_refused(folders, files):
     trainer = SimpleNamespace(strategy=ModelParallelStrategy(2, 1), world_size=2)
     with pytest.raises(GraftError, match="doesn't work with an adapter under FSDP2"):
@@ -443,7 +469,10 @@ def test_scales_are_fitted_on_disk(tmp_path, folders, files, kind, capsys):
     module, _, _ = run(tmp_path / "fit", folders, files, "full" if kind == "model" else "lora", options)
     module.model.save_pretrained(tmp_path / "tuned")
     sides = [str(folders[0]), str(tmp_path / "tuned"), str(folders[1])]
-    out = tmp_path / "out"
+    out, rows = tmp_path / "out", tmp_path / "with_ids.jsonl"
+    lines = Path(files["calibration"]).read_text().splitlines()
+    rows.write_text("".join(json.dumps({**json.loads(line), "id": f"row {n}"}) + "\n" for n, line in enumerate(lines)))
+    options["data"] = {"path": str(rows), "ignore_columns": ["id"]}  # the same rows
     assert main(["graft", *sides, str(out), "--fit-scales", json.dumps(options)]) == 0
     assert "scales: 7 groups by kind" in " ".join(capsys.readouterr().out.split())
     mine, fits = (json.loads((place / "scales.json").read_text()) for place in (out, tmp_path / "fit/x"))
@@ -467,5 +496,10 @@ def test_fitting_on_disk_is_refused_before_the_model_is_loaded(tmp_path, folders
     assert main(["graft", *sides, str(tmp_path / "full"), *fitting]) != 0
     with pytest.raises(SystemExit):
         main(["graft", *sides, str(tmp_path / "out"), "--fit-scales", '{"data": "x", "group": "kind"}'])
+    unread = Path(files["calibration"]).read_text().replace('"messages"', '"id": "a", "messages"')
+    (tmp_path / "unread.jsonl").write_text(unread)
+    fitting[1] = json.dumps({"data": str(tmp_path / "unread.jsonl")})
+    assert main(["graft", *sides, str(tmp_path / "out"), *fitting, "--allow-zero"]) != 0
     text = " ".join(capsys.readouterr().err.split())
+    assert "(or ignore_columns of this source)" in text
     assert "--scale gives several" in text and "is not empty" in text and "group" in text

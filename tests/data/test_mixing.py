@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import shadowlit.data.tokenise as tokenise_module
+from shadowlit.data.given import Source
 from shadowlit.data.mixing import MixedPacks, Mixture, take_turns
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
-from shadowlit.data.settings import Source
 from shadowlit.errors import DataError
 from tests.data.templates import talk
 from tests.data.test_resume import PAIR, answer, fit

@@ -107,7 +107,7 @@ def test_a_step_that_is_too_far_does_not_lose_the_steps_before():
 
     fitted = fit(measure, NAMES, FitScales("x", groups="all", pull=0))
     assert fitted.scales["all"] == 1.25 and fitted.about["ended"] in fitted.line
-    assert fitted.line.endswith("; pass 3 had a loss that was not finite: raise pull")
+    assert fitted.line.endswith("; pass 3 had a loss or a derivative that was not finite: raise pull")
 
 
 def test_the_divergence_counts_with_its_weight():

@@ -229,6 +229,18 @@ def test_problems_of_several_sets_are_one_list(pair, tmp_path, capsys):
     assert "\n  3. " in shown and shown.count("  1. ") == 1
 
 
+@pytest.mark.parametrize("given", [
+    "--model.anchors={instruct: 0.3, kl: {data: none.jsonl}}",
+    "--graft.fit_scales={data: none.jsonl}",
+    "--graft.fit_scales={data: rows.jsonl, keep: {data: {path: none.jsonl}}}",
+    "--graft.variants={fix: {transforms: [{name: gradfix, data: none.jsonl}]}}",
+])  # fmt: skip
+def test_rows_of_other_uses_are_read_too(pair, capsys, given):
+    with pytest.raises(ShadowlitError, match="as it is configured: 1 error"):
+        main(["plan", *arguments(pair), given.replace("rows.jsonl", str(pair / "rows.jsonl")), "--measure_steps=0"])
+    assert "none.jsonl does not exist" in capsys.readouterr().out
+
+
 def test_steps_are_measured_with_the_words_of_the_command_line(pair, capsys):
     main(["plan", *arguments(pair), "--measure_steps", "1", "--memory", "200GB"])
     assert "per epoch without validations, from " in capsys.readouterr().out

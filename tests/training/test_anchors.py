@@ -78,7 +78,7 @@ def gradients(module):
     (Anchors(0.3, last=0.2), [0] * 8 + [0.3] * 2),
     (Anchors(0.9, initial=0.0), [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
     (Anchors(0.2, initial=1.0, last=0.5), [0] * 5 + [1.0, 0.8, 0.6, 0.4, 0.2]),
-    (Anchors(0.5, initial=0.0, last=0.01), [0] * 9 + [0.0]),  # a single step is the first one of the line
+    (Anchors(0.5, initial=0.0, last=0.01), [0] * 9 + [0.5]),  # a single step is the end of the line
 ])  # fmt: skip
 def test_the_weight_follows_the_steps(anchors, expected):
     assert [anchors.weight(step, 10) for step in range(10)] == pytest.approx(expected, abs=1e-15)
