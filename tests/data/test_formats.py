@@ -473,7 +473,7 @@ def test_no_column_with_content_is_dropped_in_silence(tmp_path):
     path = write(tmp_path / "f.jsonl", lines(rows))
     expected = (
         r"content that the model wouldn't see: 'answer' \('c' \(str\) in sample 5 of \S+ \(line 6\)\), "
-        r"'meta' \('web' .*\), 'weight' \(2 \(int\) in sample 6.*data\.ignore_columns=\[answer, meta, weight\], or"
+        r"'meta' \('web' .*\), 'weight' \(2 \(int\) in sample 6.*data\.ignore_columns=\[answer, meta, weight\] \(or"
     )
     with pytest.raises(DataError, match=expected):
         read_conversations(path)
