@@ -39,11 +39,19 @@ Given = str | dict[str, Any] | Source
 """A source as a user writes it: its path, or a mapping of the fields of :class:`Source`."""
 
 
+def values_of(given: Given) -> dict[str, Any]:
+    """Return the fields of a source that the user gave; a path alone is the field ``path``."""
+    if isinstance(given, str | os.PathLike):
+        given = {"path": given}
+    values = dict(given) if isinstance(given, Mapping) else vars(given).copy()
+    if isinstance(values.get("path"), os.PathLike):
+        values["path"] = os.fspath(values["path"])
+    return values
+
+
 def path_in(given: Given) -> str:
     """Return the path of a source, as the user wrote it; empty if it has none."""
-    if isinstance(given, str | os.PathLike):
-        return os.fspath(given)
-    return str((given if isinstance(given, Mapping) else vars(given)).get("path", ""))
+    return str(values_of(given).get("path", ""))
 
 
 def place_of(given: Given) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,7 +13,7 @@ from shadowlit.arguments import fits, takes_plain_values
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples
-from shadowlit.data.given import Given, Source
+from shadowlit.data.given import Given, Source, values_of
 from shadowlit.data.packing import Packing
 from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.data.template import LossOn
@@ -285,11 +284,7 @@ def sets_by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, 
 
 def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
     """The source that a user gave, as far as it can be used, and what is wrong with it."""
-    if isinstance(given, str | os.PathLike):
-        given = {"path": given}
-    values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else vars(given).copy()
-    if isinstance(values.get("path"), os.PathLike):
-        values["path"] = os.fspath(values["path"])
+    values = values_of(given)
     if "path" not in values:
         others = ", ".join(name for name in _FIELDS if name != "path")
         problem = f"{key} is {given!r}; expected a path, or a mapping of path and any of {others}. Add the path."
