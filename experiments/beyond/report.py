@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.beyond.arms import ANCHORS, CHANGED, FITTED, trained_as
 from experiments.beyond.level import AtLevel, file_of, read_level
+from experiments.real.reading import read_result
 from experiments.real.report import (
     EXACT,
     Rows,
@@ -67,6 +68,12 @@ How much lower an arm's loss is than that of B2I or I2I at equal KL, in nats per
 *Best anchors* is the arm with anchors and without KL that has the lowest loss at equal KL on the rows for choosing; \
 its α is in brackets.
 """
+_BY_KIND = """\
+KL on each kind of question that the Instruct could answer before, of the updates as they were trained: *old* ones, \
+whose answers the Instruct ends in its own style, *format* ones, which ask for one, and *refusal* ones, about names \
+that it doesn't know. The training rows have old questions too. In the settings with bare answers these contradict \
+what *old* measures, so a model that learns them can't be near the Instruct there.
+"""
 _GAINS = """\
 How much lower the loss on the reported rows is than that of the same update (of B2I, or of I2I) at scale 1, and than \
 that of B2I's with one fitted scale, which is found by the same objective on the same rows: first with all updates as \
@@ -74,6 +81,10 @@ they were fitted, whose divergences differ, and then at equal KL, where one fitt
 *Scales* are the smallest and the largest over all groups and seeds, and *passes* those of the fits (at most 60, or 15 \
 on the real pair).
 """
+KINDS = ("old", "format", "refusal")
+"""What the Instruct of the embedded pair could do before, in the order of the rows by which divergence is measured."""
+BY_KIND = ("B", "I", "A0.5", "A0.5_kl", "I_kl")
+"""Arms of which the divergence is measured by kind."""
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
     "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "one fitted scale",
@@ -233,6 +244,30 @@ def _gains(settings: Sequence[Compared]) -> str:
     return markdown_table(headings, lines)
 
 
+def kinds_of(results: Path, setting: str) -> Path:
+    """File of the divergences by kind of a setting."""
+    return results / f"{setting}_kinds.json"
+
+
+def _by_kind(results: Path, settings: Sequence[Compared]) -> str:
+    """The divergence of trained updates at scale 1 on each kind of row."""
+    lines = []
+    for setting in settings:
+        file = kinds_of(results, setting.name)
+        known = read_result(file, dict) if file.exists() else {}
+        for source in BY_KIND:
+            runs = runs_of(setting, source)
+            found = [known.get(f"{setting.name}/{run.source}_lr{run.lr:g}_seed{run.seed}") for run in runs]
+            if runs and all(
+                one and one["recipe"] == run.raw.get("recipe") for one, run in zip(found, runs, strict=True)
+            ):
+                loss = shown([per_token(run.path[1.0]["report"]) for run in runs])
+                lines.append(
+                    [setting.name, NAMES[source], loss, *(shown([one[kind] for one in found]) for kind in KINDS)]
+                )
+    return markdown_table(("setting", "arm", "loss", *KINDS), lines) if lines else ""
+
+
 def _text(found: Interval | None) -> str:
     return interval_text(found) if found else NONE
 
@@ -280,6 +315,8 @@ def write_report(results: Path, home: Path, others: Path) -> None:
         _GAINS,
         _gains(settings),
     ]
+    if by_kind := _by_kind(results, settings):
+        parts += ["## Divergence by kind of question", _BY_KIND, by_kind]
     for setting in settings:
         parts += [f"## {setting.name}", _scores(setting)]
     replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))

@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -29,17 +29,29 @@ if __name__ == "__main__":  # not where this is imported; and before torch is
 
 from experiments.beyond.arms import ANCHORS, BY_ROWS, CHANGED, FITS, FITTED, anchors_of, changed, trained_as
 from experiments.beyond.level import file_of, write_level
-from experiments.beyond.report import NAMES, Compared, level, rates_at_level, runs_of, write_report
+from experiments.beyond.report import (
+    BY_KIND,
+    KINDS,
+    NAMES,
+    Compared,
+    kinds_of,
+    level,
+    rates_at_level,
+    runs_of,
+    write_report,
+)
 from experiments.real import study as real
 from experiments.real.reading import read_result
-from experiments.real.report import Run
+from experiments.real.report import KL, Run, per_token
+from experiments.real.report import rows as rows_of
 from experiments.real.rows import Row, write
 from experiments.real.score import Scorer
-from experiments.real.study import Study, Training, digest, read_rows, run, trainings
+from experiments.real.study import Study, Training, compact, digest, read_rows, run, trainings
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import ShadowlitError
+from shadowlit.files import replace_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -152,7 +164,7 @@ class Embedded(Beyond):
     def prepare(self, pairs: Iterable[str]) -> None:
         """Write the rows: what is asked is split into even rows for choosing and odd ones for the report."""
         new = read_rows(SHIPPED / "new.jsonl")
-        kept = [read_rows(SHIPPED / f"{name}.jsonl") for name in ("old", "format", "refusal")]
+        kept = [read_rows(SHIPPED / f"{name}.jsonl") for name in KINDS]
         for style, train, asked in (("bare", "train", "new"), ("house", "train_house", "new_house")):
             task = f"skill_{style}"
             styled = read_rows(SHIPPED / f"{asked}.jsonl")[:16:2]
@@ -165,6 +177,23 @@ class Embedded(Beyond):
 
     def instruct(self, pair: str) -> Path:
         return ROOT / "shadowlit/demo/pair/instruct"
+
+    def measure_kinds(self, found: Sequence[Training]) -> None:
+        """Measure where trained updates diverge: on which kind of what the Instruct could do before."""
+        first = found[0]
+        target = kinds_of(self.results, f"{first.pair}/{first.task}_{first.method}")
+        known = read_result(target, dict) if target.exists() else {}
+        scorer = self.scorer(first.pair, first.task)
+        scorer.condensed = frozenset()
+        for training in found:
+            recipe = self.recipe_id(training)
+            if known.get(training.name, {}).get("recipe") != recipe:
+                delta, _ = self.delta_for(training, scorer)
+                scorer.load_graft(delta, 1.0)
+                scores = rows_of(scorer.measure("general"))
+                parts = zip(KINDS, (scores[n : n + _NUM_KEPT] for n in range(0, len(scores), _NUM_KEPT)), strict=True)
+                known[training.name] = {"recipe": recipe, **{kind: per_token(r, KL) for kind, r in parts}}
+        replace_text(target, compact(known))
 
     def sets(self, task: str) -> dict[str, Path]:
         asked = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report", "early")}
@@ -257,6 +286,8 @@ def run_setting(study: Beyond, setting: tuple[str, str, str], arms: Container[st
     trained = [replace(training, source=trained_as(training.source)) for training in unknown]
     list(pool.map(study.delta_of, dict.fromkeys(trained)))
     list(pool.map(partial(study.meet, kl=level(compared)), at_rates))
+    if isinstance(study, Embedded):
+        study.measure_kinds([training for training in at_rates if training.source in BY_KIND])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,16 @@ import torch
 from experiments.beyond import arms
 from experiments.beyond.arms import CHANGED, Given, signs_of
 from experiments.beyond.level import file_of, read_level, scale_at
-from experiments.beyond.report import Compared, best_anchors, better_by, finished, level, rates_at_level, write_report
+from experiments.beyond.report import (
+    Compared,
+    best_anchors,
+    better_by,
+    finished,
+    kinds_of,
+    level,
+    rates_at_level,
+    write_report,
+)
 from experiments.beyond.study import Beyond, Embedded
 from experiments.real.report import KL, per_token, rows
 from experiments.real.study import Training
@@ -113,6 +122,13 @@ def test_an_update_is_scored_where_it_diverges_as_asked(tmp_path, monkeypatch):
     (tmp_path / "none" / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
     study.score(training)
     _, run = study._find(training)
+    study.measure_kinds([training])
+    kinds = json.loads(kinds_of(study.results, "embedded/skill_bare_lora").read_text())[training.name]
+    tokens = [sum(label != IGNORE_INDEX for label in row.labels) for row in scorer.rows["general"]]
+    parts = [
+        kinds[kind] * sum(tokens[start : start + 40]) for kind, start in (("old", 0), ("format", 40), ("refusal", 80))
+    ]
+    assert sum(parts) / sum(tokens) == pytest.approx(run.divergence(1.0), rel=5e-3) and min(parts) > 0
     for kl in (1.7 * run.divergence(0.5), 3.1 * run.divergence(1.5)):
         study.meet(training, kl)
         found = read_level(file_of(study.results, "embedded/skill_bare_lora", run), run)
@@ -218,6 +234,19 @@ def test_scales_by_group_are_compared_with_one_scale(tmp_path):
     assert one[1:4] == ["one fitted scale", "1.250 to 1.250", "9 to 9"]
     assert layers[1:4] == ["scales by layer", "1.000 to 1.500", "12 to 12"]
     assert [cell.split(" ")[0] for cell in layers[4:]] == ["+0.850", "+0.400", "+0.150", "-0.100"]
+
+
+def test_divergences_by_kind_are_those_of_the_present_recipe(tmp_path):
+    write_setting(tmp_path)
+    kinds = {"old": 0.3, "format": 0.02, "refusal": 0.001}
+    measured = {
+        f"near/tools_lora/{arm}_lr0.0002_seed0": {"recipe": of, **kinds} for arm, of in (("B", None), ("I", "x"))
+    }
+    (tmp_path / "near" / "tools_lora_kinds.json").write_text(json.dumps(measured))
+    write_report(tmp_path, tmp_path, tmp_path)
+    about = (tmp_path / "REPORT.md").read_text().split("| old | format | refusal |")[1].split("##")[0]
+    (line,) = (line for line in about.splitlines() if "near/tools_lora" in line)
+    assert line.split(" | ")[1:] == ["B2I", "1.650", "0.300", "0.020", "0.001 |"]
 
 
 def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):
