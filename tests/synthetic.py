@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 Sample = dict[str, torch.Tensor]
 
@@ -46,3 +46,18 @@ class RandomData(LightningDataModule):
         world_size = self.trainer.world_size
         rows = range(self.trainer.global_rank, count, world_size)
         return DataLoader(Subset(random_samples(count, seed), rows), batch_size=self.batch_size // world_size)
+
+
+class StreamedData(RandomData):
+    """The same on one rank, of which the training data have no length."""
+
+    def train_dataloader(self):
+        return DataLoader(_Stream(random_samples(self.num_train, seed=0)), batch_size=self.batch_size)
+
+
+class _Stream(IterableDataset):
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)

@@ -32,6 +32,7 @@ from shadowlit.training.objectives import Objective
 from shadowlit.training.objectives.tokens import divergence_sums
 from shadowlit.training.outputs import Batch, Outputs
 from shadowlit.training.parallel import reduce_gradients
+from shadowlit.training.schedules import step_count
 from shadowlit.training.scoring import ScoringModule
 
 KL_ROWS = "model.anchors.kl.data"
@@ -277,11 +278,16 @@ class AnchoredTraining:
         anchors: Weights of the two models.
         trainer: The trainer, whose loop has begun.
         graft: The graft of the module's model.
+
+    Raises:
+        ShadowlitError: The weights follow a number of steps that is unknown.
     """
 
     def __init__(self, anchors: Anchors, trainer: Trainer, graft: LiveGraft) -> None:
         self._anchors, self._trainer, self._graft = anchors, trainer, graft
-        self._total = 0 if anchors.is_constant else int(trainer.estimated_stepping_batches)
+        total = step_count(trainer)
+        require_steps(anchors, trainer.accumulate_grad_batches, total < math.inf)
+        self._total = int(total) if total < math.inf else 0  # a constant weight needs none
         self._rows = None if anchors.kl is None else NeutralRows(trainer, anchors.kl.data)
         self._kl_weight = 0.0 if anchors.kl is None else anchors.kl.weight
         self._predictions: Predictions | None = None  # of the untouched Instruct, for the last neutral rows
@@ -299,7 +305,7 @@ class AnchoredTraining:
             raise ShadowlitError(
                 "model.anchors divides the micro-batches of every step between two models, but the training data have "
                 "no length, so it isn't known how many the last step of an epoch has. Give the dataset a __len__, or "
-                "set trainer.limit_train_batches to a number of micro-batches."
+                "set trainer.limit_train_batches to a number of micro-batches that they have."
             )
         if size == 1:
             raise ShadowlitError(
@@ -459,7 +465,7 @@ def require_steps(anchors: Anchors, num_micro_batches: int, has_end: bool = True
     Args:
         anchors: Weights of the two models.
         num_micro_batches: ``trainer.accumulate_grad_batches``.
-        has_end: Whether the number of steps is limited.
+        has_end: Whether the number of steps is known.
 
     Raises:
         ShadowlitError: A step has one micro-batch, or the weight follows a number of steps that is unknown.
@@ -468,6 +474,7 @@ def require_steps(anchors: Anchors, num_micro_batches: int, has_end: bool = True
         parts_of_step(anchors.instruct if 0 < anchors.instruct < 1 else 0.5, num_micro_batches)
     if not (anchors.is_constant or has_end):
         raise ShadowlitError(
-            f"model.anchors is {anchors}, whose weight follows the number of steps, but the trainer has no end. Set "
-            "trainer.max_steps or trainer.max_epochs, or a constant weight, e.g. {instruct: 0.3}."
+            f"model.anchors is {anchors}, whose weight follows the number of steps, which is unknown. Set "
+            "trainer.max_steps (or trainer.max_epochs, if the training data have a length), or a constant weight, e.g. "
+            "{instruct: 0.3}."
         )

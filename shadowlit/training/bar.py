@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from shadowlit.status import EVERY_S, StatusLine
 from shadowlit.text import count, duration, number
+from shadowlit.training.schedules import step_count
 
 # Titles of the metrics that are shown, and shorter ones for a terminal of 80 columns, the most important first.
 _TITLES = {"train/loss": "loss", "val/grafted/loss": "grafted loss", "graft/gain": "gain"}
@@ -66,7 +67,7 @@ class ProgressLine(ProgressBar):
         """Start the clock from which the time left is estimated."""
         if self.enabled:
             self._begun, self._first = time.monotonic(), trainer.global_step
-            self._total = trainer.estimated_stepping_batches
+            self._total = step_count(trainer)
             self.show("starting", now=self._line.live)
 
     def on_train_batch_end(

@@ -21,6 +21,7 @@ from shadowlit.distributed import local, of_all_ranks, on_first_rank, rank
 from shadowlit.errors import CheckpointError, counted
 from shadowlit.files import partial_path, require_writable
 from shadowlit.training.checkpoints import ShardedStrategy
+from shadowlit.training.schedules import step_count
 
 _PATIENCE_S = 10.0  # for caches of network file systems
 
@@ -109,7 +110,7 @@ def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
     moments = 2 * sum(parameter.nbytes for group in groups for parameter in group["params"])
     for folder, saver in _savers(trainer):
         every = saver._every_n_train_steps
-        times = trainer.estimated_stepping_batches / every if every else math.inf
+        times = step_count(trainer) / every if every else math.inf
         kept = min(saver.save_top_k if saver.save_top_k >= 0 else times, times)
         kept = (int(kept) if kept < math.inf else 1) + (saver.save_last is True)
         number = max(0, kept - len(list(folder.glob("*.ckpt")))) + 1

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
@@ -60,7 +61,7 @@ from shadowlit.training.own_rows import read_own_rows, warn_of_shared_rows
 from shadowlit.training.parallel import compute_dtype_of, data_parallel_mesh, parallelize, reduce_gradients
 from shadowlit.training.quantisation import require_quantisable
 from shadowlit.training.rehearsal import ChecksBeforeData, try_optimizer
-from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, require_no_end
+from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, require_no_end, step_count
 from shadowlit.training.scoring import ScoringModule
 from shadowlit.training.separation import require_separation
 from shadowlit.training.start import StartFrom
@@ -447,6 +448,28 @@ class ShadowModule(ScoringModule):
             self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
+    def on_train_epoch_end(self) -> None:
+        """Leave a step within which the data have ended: Lightning takes none, and the next one must not add to it.
+
+        Raises:
+            ShadowlitError: FSDP2 holds the gradients of that step, and would add them to the next one's.
+        """
+        if self._sums is None or self.trainer.should_stop:
+            return
+        self._sums = self._first_part = None
+        if self._anchored is not None:
+            self._anchored.restore()
+        micro = self.trainer.accumulate_grad_batches
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        message = (
+            f"the training data ended after {done:,} micro-batches of an epoch, although "
+            f"{self.trainer.num_training_batches:,} were expected. Its last {done % micro} are not trained on, since a "
+            f"step has trainer.accumulate_grad_batches={micro}. Set trainer.limit_train_batches={done}."
+        )
+        if isinstance(self.model, FSDPModule) and self.accumulates_whole:
+            raise ShadowlitError(message)
+        rank_zero_warn(message)
+
     def on_validation_start(self) -> None:
         """Read the losses that were not read yet, and leave a step that was begun."""
         self.losses.check()
@@ -492,7 +515,7 @@ class ShadowModule(ScoringModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        steps = self.trainer.estimated_stepping_batches
+        steps = step_count(self.trainer)
         if math.isinf(steps):
             require_no_end(self.trainer, self.lr_scheduler, self.schedule, self.warmup_ratio)
         grouping = {"groups": self.parameter_groups, "multipliers": self._multipliers}

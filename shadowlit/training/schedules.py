@@ -94,13 +94,23 @@ def _require_numbers(options: dict[str, Any]) -> None:
             )
 
 
+def step_count(trainer: Trainer) -> float:
+    """Return how many optimizer steps a training has in all; infinity if that is unknown.
+
+    Lightning returns -1, its value of ``max_steps``, for training data without a length.
+    """
+    found = trainer.estimated_stepping_batches
+    return math.inf if found < 0 else found
+
+
 def require_no_end(trainer: Trainer, choice: Any, shape: Shape, warmup_ratio: float) -> None:
-    """Raise if a schedule depends on the number of steps, but the trainer has no end."""
+    """Raise if a schedule depends on the number of steps, which is unknown."""
     if callable(choice) or (choice is None and shape == "constant" and not warmup_ratio):
         return
+    endless = "" if trainer.max_epochs == -1 else ", and the training data have no length"
     raise ShadowlitError(
-        f"trainer.max_epochs is {trainer.max_epochs} and trainer.max_steps is {trainer.max_steps}, so the number of "
-        f"steps is unknown, over which the rate follows the schedule {choice or shape!r} with "
+        f"trainer.max_epochs is {trainer.max_epochs} and trainer.max_steps is {trainer.max_steps}{endless}, so the "
+        f"number of steps is unknown, over which the rate follows the schedule {choice or shape!r} with "
         f"model.warmup_ratio={warmup_ratio:g}. Set trainer.max_steps, or model.schedule=constant and "
         "model.warmup_ratio=0; trainer.max_time ends either."
     )

@@ -18,7 +18,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.anchors import Anchors, mixed_sums, parts_of_step
 from shadowlit.training.module import ShadowModule
 from tests.rounding import require_same_update
-from tests.synthetic import RandomData, random_samples
+from tests.synthetic import RandomData, StreamedData, random_samples
 from tests.tiny import save_pair
 
 
@@ -335,12 +335,19 @@ class NoData(RandomData):
 @pytest.mark.parametrize(("anchors", "options", "message"), [
     (Anchors(0.5), {"accumulate_grad_batches": 1}, "Set trainer.accumulate_grad_batches=2 or more"),
     (Anchors(1.0, initial=0.0), {"accumulate_grad_batches": 1}, "Set trainer.accumulate_grad_batches=2 or more"),
-    (Anchors(0.5, last=0.2), {"max_epochs": -1}, "the trainer has no end"),
+    (Anchors(0.5, last=0.2), {"max_epochs": -1}, "the number of steps, which is unknown"),
     (Anchors(0.5), {"grafts": False}, "GraftCallback holds, but the trainer has none"),
 ])  # fmt: skip
 def test_trainers_that_can_not_divide_a_step_are_refused_before_the_data_are_read(pair, anchors, options, message):
     with pytest.raises(ShadowlitError, match=message):
         fit(make_module(pair, "lora", anchors, schedule="constant"), NoData(), **options)
+
+
+def test_a_weight_follows_no_number_of_steps_that_is_unknown(pair):
+    """Lightning says -1 for data without a length: every step would be after the last one."""
+    with pytest.raises(ShadowlitError, match=r"which is unknown\. Set trainer\.max_steps"):
+        fit(make_module(pair, "lora", Anchors(1.0, last=0.5), schedule="constant"), StreamedData())
+    fit(make_module(pair, "lora", Anchors(1.0), schedule="constant"), StreamedData(4))
 
 
 def test_an_epoch_that_ends_with_one_micro_batch_is_refused(pair):

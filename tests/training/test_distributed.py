@@ -37,7 +37,7 @@ from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import SFT
 from tests.distributed import Forked, run_command, run_ranks, shadowlit
 from tests.rounding import Start, require_same_update
-from tests.synthetic import RandomData
+from tests.synthetic import RandomData, StreamedData
 from tests.tiny import make_tokenizer, save_pair
 
 ROOT = Path(__file__).parents[2]
@@ -521,3 +521,18 @@ def test_a_strategy_that_shards_nothing_is_refused(tmp_path):
     message = run_ranks(wrong_mesh, 2, save_pair(tmp_path, "qwen3"))[0]
     assert "would split tensors, and shard nothing" in message
     assert "data_parallel_size=2 and tensor_parallel_size=1" in message
+
+
+def streamed(folders):
+    module = make_module(folders, "lora", schedule="constant", warmup_ratio=0)
+    trainer = make_trainer(
+        "fsdp2", 2, [GraftCallback()], limit_val_batches=0, val_check_interval=1.0, limit_train_batches=8,
+        accumulate_grad_batches=4,
+    )  # fmt: skip
+    with pytest.raises(ShadowlitError, match=r"after 6 micro-batches.*Set trainer.limit_train_batches=6"):
+        trainer.fit(module, StreamedData(6, 1))
+
+
+def test_a_step_that_fsdp2_holds_ends_the_training(tmp_path):
+    """Its gradients lie in buffers of FSDP2, which would add them to those of the next epoch's first step."""
+    run_ranks(streamed, 2, save_pair(tmp_path, "qwen3"))

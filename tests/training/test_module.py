@@ -26,7 +26,7 @@ from shadowlit.training.parallel import parallelize
 from shadowlit.training.schedules import rate
 from tests.distributed import Forked
 from tests.rounding import require_same_update
-from tests.synthetic import RandomData, random_samples
+from tests.synthetic import RandomData, StreamedData, random_samples
 from tests.tiny import ARCHITECTURES, make_config, save_pair
 
 
@@ -150,6 +150,40 @@ def test_the_logged_loss_is_that_of_the_whole_effective_batch(pair):
         loss, tokens = loss + own.item(), tokens + number.item()
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss / tokens, rel=1e-6)
     assert trainer.callback_metrics["train/tokens"].item() == tokens
+
+
+class Steps(Callback):
+    """Collects the loss and the norm of the gradient of every optimizer step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step > len(self.found):
+            norm = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm()
+            self.found.append((float(trainer.callback_metrics["train/loss"]), float(norm)))
+
+
+@pytest.mark.parametrize("anchors", [None, {"instruct": 0.25}])
+def test_an_epoch_begins_without_what_the_data_did_not_fill(pair, tmp_path, anchors):
+    """Six micro-batches of eight that are expected: four make a step, and the next epoch repeats it."""
+    steps, options = Steps(), {"lr": 1e-12, "warmup_ratio": 0, "schedule": "constant", "anchors": anchors}
+    with pytest.warns(match=r"after 6 micro-batches.*although 8.*last 2 are not.*trainer.limit_train_batches=6"):
+        train(
+            ShadowModule(pair, **options), StreamedData(6, 1), callbacks=[steps, GraftCallback()], max_epochs=2,
+            limit_train_batches=8, accumulate_grad_batches=4, default_root_dir=tmp_path,
+        )  # fmt: skip
+    first, second = steps.found
+    assert second == pytest.approx(first, rel=1e-6)
+
+
+def test_rates_follow_no_number_of_steps_that_is_unknown(pair):
+    """Lightning says -1 for data without a length, after which a cosine would be at its end."""
+    with pytest.raises(ShadowlitError, match=r"max_epochs is 2.*the training data have no length.*trainer.max_steps"):
+        train(ShadowModule(pair), StreamedData(), max_epochs=2)
+    train(ShadowModule(pair, schedule="constant", warmup_ratio=0), StreamedData(4), max_epochs=1)
+    trainer = train(ShadowModule(pair), StreamedData(4), max_epochs=2, max_steps=3)
+    assert trainer.callback_metrics["train/lr"] > 0
 
 
 class Weighed(RandomData):
