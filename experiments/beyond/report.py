@@ -60,6 +60,7 @@ rate whose loss at equal KL is the lowest on the rows for choosing (of three; on
 B2I and I2I to choose from), and a changed update that of the arm that it is from. \
 For the choice of rates, and where an arm is marked with \\*, losses are interpolated between the scales that were \
 scored, linearly in the square root of the divergence: a little too high where they are convex. \
+Below, each setting has both: loss and divergence of the updates as they are (scale 1), and the loss at equal KL. \
 Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \
 between seeds, and not corrected for their number.
 """
@@ -181,7 +182,7 @@ def best_anchors(setting: Compared) -> str | None:
 
 
 def _scores(setting: Compared) -> str:
-    lines = [["Instruct", NONE, f"{per_token(setting.instruct['report']):.3f}", NONE, "0", NONE, NONE, NONE]]
+    lines = [["Instruct", NONE, f"{per_token(setting.instruct['report']):.3f}", NONE, "0", *[NONE] * 5]]
     for source, name in NAMES.items():
         runs = runs_of(setting, source)
         if not runs:
@@ -189,20 +190,24 @@ def _scores(setting: Compared) -> str:
         at_one = [run.path[1.0] for run in runs]
         equal = [rows for rows in map(setting.at_level, runs) if rows is not None]
         is_measured = all(map(setting.measured, runs))
-        both = [better_by(setting, source, other) for other in "BI"]
         lines.append(
             [
                 name, f"{runs[0].lr:g}", shown([per_token(one["report"]) for one in at_one]),
                 shown([100 * fmean(one["report"][:, EXACT]) for one in at_one], 1),
                 shown([run.divergence(1.0) for run in runs]),
+                *_lower(setting, source, as_it_is=True),
                 shown([per_token(r) for r in equal]) + ("" if is_measured else "\\*")
                 if len(equal) == len(runs) else "not reached",
-                *(interval_text(found) if found and other != source else NONE
-                  for found, other in zip(both, "BI", strict=True)),
+                *_lower(setting, source, as_it_is=False),
             ]
         )  # fmt: skip
-    headings = ("model", "rate", "loss", "exact, %", "KL", "loss at equal KL", "lower than B2I by", "lower than I2I by")
-    return markdown_table(headings, lines)
+    lower = ("lower than B2I by", "lower than I2I by")
+    return markdown_table(("model", "rate", "loss", "exact, %", "KL", *lower, "loss at equal KL", *lower), lines)
+
+
+def _lower(setting: Compared, source: str, *, as_it_is: bool) -> list[str]:
+    """How much lower an arm's loss is than those of B2I and I2I."""
+    return [NONE if other == source else _text(better_by(setting, source, other, as_it_is=as_it_is)) for other in "BI"]
 
 
 def _overview(settings: Sequence[Compared], than: str) -> str:
