@@ -85,7 +85,7 @@ def test_what_is_measured_at_the_level_counts_before_what_lies_between_scales(tm
         write_report(tmp_path, tmp_path, tmp_path)
         (line,) = [line for line in (tmp_path / "REPORT.md").read_text().splitlines() if "| anchors 0.5 |" in line]
         setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
-        return better_by(setting, "A0.5", "I").difference, line.split(" | ")[5]
+        return better_by(setting, "A0.5", "I").difference, line.split(" | ")[7]
 
     interpolated, text = read()
     assert text == "0.887\\*"
