@@ -25,6 +25,7 @@ from experiments.real.report import (
     save,
     shown,
 )
+from shadowlit.errors import counted
 from shadowlit.files import replace_text
 from shadowlit.studies.report import NONE, REPORT, markdown_table, paragraphs
 from shadowlit.studies.statistics import Interval
@@ -171,12 +172,15 @@ def better_by(setting: Compared, source: str, than: str, *, as_it_is: bool = Fal
 
 
 def best_anchors(setting: Compared) -> str | None:
-    """The arm with anchors and without KL whose loss at equal KL is the lowest on the rows for choosing."""
-    losses = {}
+    """The arm with anchors and without KL whose loss at equal KL is the lowest on the rows for choosing.
+
+    Of those that have been run with all seeds of B2I.
+    """
+    losses, seeds = {}, [run.seed for run in runs_of(setting, "B")]
     for source in (arm for arm, options in ANCHORS.items() if "kl" not in options):
-        scores = [setting.at_level(run, "choice") for run in runs_of(setting, source)]
-        known = [per_token(one) for one in scores if one is not None]
-        if known and len(known) == len(scores):
+        runs = runs_of(setting, source)
+        known = [per_token(one) for run in runs if (one := setting.at_level(run, "choice")) is not None]
+        if len(known) == len(runs) and [run.seed for run in runs] == seeds:
             losses[source] = fmean(known)
     return min(losses, key=losses.__getitem__) if losses else None
 
@@ -187,6 +191,8 @@ def _scores(setting: Compared) -> str:
         runs = runs_of(setting, source)
         if not runs:
             continue
+        if len(runs) < (seeds := len(runs_of(setting, "B"))):
+            name = f"{name} ({counted(len(runs), 'seed')} of {seeds})"
         at_one = [run.path[1.0] for run in runs]
         equal = [rows for rows in map(setting.at_level, runs) if rows is not None]
         is_measured = all(map(setting.measured, runs))

@@ -139,14 +139,18 @@ def test_an_update_is_scored_where_it_diverges_as_asked(tmp_path, monkeypatch):
 
 
 def test_seeds_that_reach_the_divergence_are_no_selection(tmp_path):
-    """One of two seeds of an arm never diverges so far: it is not compared by the other one."""
+    """One of two seeds of an arm never diverges so far, or was not run: it is not compared by the other one alone."""
     write_setting(tmp_path)
     for seed in (0, 1):
         add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5), seed=seed)
         kls = {"B": (0.1, 0.2, 0.4), "I": (0.2, 0.6, 0.9)}
         for source in "BI":
             add_arm(tmp_path, source, (1.7, 1.6, 1.5), kls[source], seed=seed, lr=2e-4)
-    assert better_by(Compared(tmp_path, tmp_path, "near", "tools", "lora"), "A0.5", "B") is not None
+    add_arm(tmp_path, "A0.75", (0.6, 0.5, 0.4), (0.1, 0.3, 0.5), choice=0.1)
+    setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
+    assert better_by(setting, "A0.5", "B") is not None and best_anchors(setting) == "A0.5"
+    write_report(tmp_path, tmp_path, tmp_path)
+    assert "| anchors 0.75 (1 seed of 2) | " in (tmp_path / "REPORT.md").read_text()
     add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.01, 0.02, 0.03), seed=1)
     setting = Compared(tmp_path, tmp_path, "near", "tools", "lora")
     assert better_by(setting, "A0.5", "B") is None and better_by(setting, "A0.5", "B", as_it_is=True) is not None
