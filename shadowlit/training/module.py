@@ -452,9 +452,9 @@ class ShadowModule(ScoringModule):
         """Leave a step within which the data have ended: Lightning takes none, and the next one must not add to it.
 
         Raises:
-            ShadowlitError: FSDP2 holds the gradients of that step, and would add them to the next one's.
+            ShadowlitError: Another epoch follows, to whose first step FSDP2 would add the gradients that it holds.
         """
-        if self._sums is None or self.trainer.should_stop:
+        if self._sums is None:
             return
         self._sums = self._first_part = None
         if self._anchored is not None:
@@ -466,7 +466,7 @@ class ShadowModule(ScoringModule):
             f"{self.trainer.num_training_batches:,} were expected. Its last {done % micro} are not trained on, since a "
             f"step has trainer.accumulate_grad_batches={micro}. Set trainer.limit_train_batches={done}."
         )
-        if isinstance(self.model, FSDPModule) and self.accumulates_whole:
+        if isinstance(self.model, FSDPModule) and self.accumulates_whole and not self.trainer.fit_loop.done:
             raise ShadowlitError(message)
         rank_zero_warn(message)
 

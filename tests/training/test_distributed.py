@@ -525,12 +525,18 @@ def test_a_strategy_that_shards_nothing_is_refused(tmp_path):
 
 def streamed(folders):
     module = make_module(folders, "lora", schedule="constant", warmup_ratio=0)
-    trainer = make_trainer(
-        "fsdp2", 2, [GraftCallback()], limit_val_batches=0, val_check_interval=1.0, limit_train_batches=8,
-        accumulate_grad_batches=4,
-    )  # fmt: skip
-    with pytest.raises(ShadowlitError, match=r"after 6 micro-batches.*Set trainer.limit_train_batches=6"):
-        trainer.fit(module, StreamedData(6, 1))
+    message = r"after 6 micro-batches.*Set trainer.limit_train_batches=6"
+    for epochs in (1, 2):
+        trainer = make_trainer(
+            "fsdp2", 2, [GraftCallback()], limit_val_batches=0, val_check_interval=1.0, limit_train_batches=8,
+            accumulate_grad_batches=4, max_epochs=epochs,
+        )  # fmt: skip
+        if epochs == 1:
+            trainer.fit(module, StreamedData(6, 1))
+            assert trainer.global_step == 1
+        else:
+            with pytest.raises(ShadowlitError, match=message):
+                trainer.fit(module, StreamedData(6, 1))
 
 
 def test_a_step_that_fsdp2_holds_ends_the_training(tmp_path):
