@@ -25,6 +25,7 @@ ANCHORS: dict[str, dict[str, float]] = {
     "A0.5": {"instruct": 0.5},
     "A0.75": {"instruct": 0.75},
     "late": {"instruct": 0.5, "last": 0.25},
+    "B_kl": {"instruct": 0.0, "kl": 1.0},
     "A0.5_kl": {"instruct": 0.5, "kl": 1.0},
     "I_kl": {"instruct": 1.0, "kl": 1.0},
 }

@@ -85,11 +85,11 @@ on the real pair).
 """
 KINDS = ("old", "format", "refusal")
 """What the Instruct of the embedded pair could do before, in the order of the rows by which divergence is measured."""
-BY_KIND = ("B", "I", "A0.5", "A0.5_kl", "I_kl")
+BY_KIND = ("B", "I", "A0.5", "B_kl", "A0.5_kl", "I_kl")
 """Arms of which the divergence is measured by kind."""
 NAMES = {
     "B": "B2I", "I": "I2I", **{arm: f"anchors {arm.removeprefix('A')}" for arm in ANCHORS},
-    "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "one fitted scale",
+    "B_kl": "B2I with KL", "A0.5_kl": "anchors 0.5 with KL", "I_kl": "I2I with KL", "fitted_all": "one fitted scale",
     "fitted_layer": "scales by layer", "fitted_kind": "scales by kind", "fitted_tensor": "scales by tensor",
     "I_fitted_kind": "I2I, scales by kind", "I_fitted_tensor": "I2I, scales by tensor",
     "gradfix": "GradFix", "ties": "TIES (20 %)",

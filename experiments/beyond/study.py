@@ -80,7 +80,7 @@ class Beyond(Study):
     def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
         config, overrides = super().recipe(training)
         anchors = self.anchors(training)
-        if ANCHORS.get(training.source, {}).get("instruct", 1.0) == 1.0:  # one model in all steps
+        if ANCHORS.get(training.source, {}).get("instruct", 1.0) in (0.0, 1.0):  # one model in all steps
             return config, {**overrides, **anchors}
         # The same rows in a step, in four micro-batches.
         batches = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}

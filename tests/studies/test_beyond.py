@@ -302,13 +302,14 @@ def test_anchors_with_kl_train_on_rows_that_are_not_reported(tmp_path):
 
 
 def test_one_model_in_all_steps_needs_no_micro_batches(tmp_path):
-    """So that direct tuning with KL has the batches of direct tuning."""
+    """So that the graft and direct tuning with KL have the batches of those without."""
     study = Beyond(tmp_path, tmp_path, tmp_path)
     recipes = {
         source: study.recipe(Training("near", "tools", "lora", source, 1e-3, 0))[1]
-        for source in ("I", "I_kl", "A0.5_kl")
+        for source in ("B", "I", "B_kl", "I_kl", "A0.5_kl")
     }
     kl = {"data": tmp_path / "data/instruct_train.jsonl", "weight": 1.0}
+    assert recipes["B_kl"] == {**recipes["B"], "model.anchors": {"instruct": 0.0, "kl": kl}}
     assert recipes["I_kl"] == {**recipes["I"], "model.anchors": {"instruct": 1.0, "kl": kl}}
     assert recipes["A0.5_kl"]["trainer.accumulate_grad_batches"] == 4 and recipes["A0.5_kl"]["data.batch_size"] == 2
 
