@@ -38,6 +38,7 @@ from tests.data.templates import talk
 from tests.distributed import run_ranks
 from tests.tiny import save_pair
 from tests.training import test_distributed as distributed
+from tests.training import test_fit_scales as by_hand
 
 FIT = {"groups": "kind", "steps": 3, "pull": 0.001}
 
@@ -110,6 +111,54 @@ def loss_by_hand(model, data_file, folders):
     return total / count
 
 
+def learned_by_hand(module, kind, folders):
+    """What a training has learned, by the names of the weights that are grafted, in float64."""
+    if kind == "full":
+        base, tuned = CheckpointReader(folders[0]), weights(module)
+        return {name: tuned[name].double() - base.read(name).double() for name in tuned if "proj" in name}
+    layers = {name: layer for name, layer in module.model.named_modules() if hasattr(layer, "lora_A")}
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": layer.scaling["default"]
+        * (layer.lora_B["default"].weight.detach().double() @ layer.lora_A["default"].weight.detach().double())
+        for name, layer in layers.items()
+    }
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("full", "layer"), ("lora", "tensor")])
+def test_slopes_of_a_training_are_those_of_finite_differences(tmp_path, folders, files, kind, groups, monkeypatch):
+    """Of a model in float64 that has W_I + λ Δ by hand; embeddings and head are tied, and not grafted."""
+    found, fit = {}, callback_module.fit
+
+    def measured_first(measure, names, *rest):
+        found["at"] = {group: 0.8 + 0.05 * n for n, group in enumerate({group_of(name, groups): 0 for name in names})}
+        found["slopes"] = measure(found["at"]).slopes
+        return fit(measure, names, *rest)
+
+    monkeypatch.setattr(callback_module, "fit", measured_first)
+    keep = {"data": files["neutral"], "weight": 0.7}
+    options = {"groups": groups, "steps": 1, "data": files["calibration"], "keep": keep}
+    module, _, _ = run(tmp_path, folders, files, kind, options, parts=["model"])
+    update, at = learned_by_hand(module, kind, folders), found["at"]
+    assert found["slopes"].keys() == at.keys() == {group_of(name, groups) for name in update}
+    data = ShadowData(module.pair, validation={n: files[n] for n in ("calibration", "neutral")}, max_length=64)
+    data.setup("validate")
+    task, neutral = ([
+        {name: list(sample[name]) for name in ("input_ids", "labels")} for sample in data.dataset(f"val/{name}")
+    ] for name in ("calibration", "neutral"))  # fmt: skip
+    instruct, hand = by_hand.load(folders), by_hand.load(folders)
+
+    def objective(scales):
+        hand.load_state_dict(instruct.state_dict())
+        for name, part in update.items():
+            hand.get_parameter(name).data.add_(part, alpha=scales[group_of(name, groups)])
+        return by_hand.mean_loss(hand, task) + 0.7 * by_hand.mean_kl(hand, instruct, neutral)
+
+    step, tolerance = 1e-4, 1e-4 * max(map(abs, found["slopes"].values()))
+    for group in list(at)[:3] + list(at)[-1:]:
+        high, low = (objective({**at, group: at[group] + sign * step}) for sign in (1, -1))
+        assert found["slopes"][group] == pytest.approx((high - low) / (2 * step), rel=1e-3, abs=tolerance), group
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
     """Model, delta, adapter and manifest; equal to the graft on disk with scales.json; training is untouched."""
@@ -137,6 +186,11 @@ def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
     # The update of the export is λ Δ.
     delta = Delta.open(tmp_path / "x/delta")
     instruct, grafted = CheckpointReader(folders[1]), CheckpointReader(tmp_path / "x/model")
+    learned = learned_by_hand(module, kind, folders)
+    assert learned.keys() == scales.keys()
+    for name, update in learned.items():
+        expected = instruct.read(name).double() + scales[name] * update
+        torch.testing.assert_close(grafted.read(name).double(), expected, rtol=2**-22, atol=1e-8)
     for name in delta.shapes:
         gained = grafted.read(name).double() - instruct.read(name).double()
         torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)

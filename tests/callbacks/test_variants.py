@@ -32,6 +32,8 @@ from tests.training import test_distributed as distributed
 
 DARE = [{"name": "dare", "density": 0.5, "seed": 1}]
 SVD = [{"name": "svd", "rank": 1, "explained_variance": None}]
+TIES = [{"name": "ties", "density": 0.3}]
+MAGNITUDE = [{"name": "magnitude", "density": 0.2}]
 VARIANTS = {"dare": {"transforms": DARE}, "svd1": {"transforms": SVD, "scale": 0.7}, "half": {"scale": 0.5}}
 SETS = [(8, 1), (4, 2)]
 
@@ -48,7 +50,9 @@ def scored(logged, who):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_variant_is_scored_as_it_is_exported_and_nothing_else_changes(tmp_path, folders, kind):
     export = ExportCallback(folder=str(tmp_path / "x"), parts=["model", "adapter", "delta"], subject="grafted@svd1")
-    callback = GraftCallback(variants=VARIANTS, scales=[1.0, 0.5])
+    alone = {"dare": DARE, "ties": TIES, "magnitude": MAGNITUDE}
+    variants = VARIANTS | {name: {"transforms": transforms} for name, transforms in alone.items()}
+    callback = GraftCallback(variants=variants, scales=[1.0, 0.5])
     module, trainer = fit(tmp_path, folders, kind, [callback, export])
     logged = metrics(trainer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
@@ -65,13 +69,14 @@ def test_a_variant_is_scored_as_it_is_exported_and_nothing_else_changes(tmp_path
     assert singular[0] > 0 and singular[1] < 1e-4 * singular[0]
     # Each variant is what it would be as the only graft; one without transforms is the plain graft at its scale.
     assert scored(logged, "grafted@half") == scored(logged, "grafted@0.5")
-    _, other = fit(tmp_path, folders, kind, [GraftCallback(transforms=DARE)])
-    assert scored(metrics(other), "grafted") == scored(logged, "grafted@dare")
+    for name, transforms in alone.items():
+        _, other = fit(tmp_path, folders, kind, [GraftCallback(transforms=transforms)])
+        assert scored(metrics(other), "grafted") == scored(logged, f"grafted@{name}")
     plain, other = fit(tmp_path, folders, kind, [GraftCallback()])
     assert_same(weights(module), weights(plain))
     kept = {name: value for name, value in metrics(other).items() if "seconds" not in name and "time" not in name}
     assert {name: logged[name] for name in kept} == kept
-    assert len({logged[f"val/{who}/loss"] for who in ("grafted", *(f"grafted@{n}" for n in VARIANTS))}) == 4
+    assert len({logged[f"val/{who}/loss"] for who in ("grafted", *(f"grafted@{n}" for n in variants))}) == 6
 
 
 def test_the_best_graft_of_the_best_checkpoint_is_exported(tmp_path, folders, capsys):

@@ -249,6 +249,29 @@ def test_two_anchors_on_two_processes_are_those_on_one(tmp_path, kind):
             assert metrics == pytest.approx(losses, **SAME)
 
 
+def train_at_the_ends(folders, strategy, world_size):
+    """Factors trained on the Base, with a weight of 0 and without anchors, and on the Instruct, with 1 and without."""
+    direct, found = (folders[1], folders[1]), []
+    for pair, anchors in (
+        (folders, Anchors(0.0)), (folders, None), (folders, Anchors(1.0)), (direct, None),
+    ):  # fmt: skip
+        seed_everything(0)
+        module = make_module(pair, "lora", anchors=anchors)
+        trainer = make_trainer(strategy, world_size, [GraftCallback()] if pair == folders else [])
+        trainer.fit(module, RandomData(8))
+        found.append({name: value for name, value in whole_parameters(module).items() if "lora_" in name})
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_either_end_of_two_anchors_is_the_training_of_one_model_bit_for_bit(tmp_path, strategy):
+    folders = save_pair(tmp_path, "qwen3", distance=0.5)
+    for of_base, plain, of_instruct, direct in run_ranks(train_at_the_ends, 2, folders, strategy, 2):
+        assert len(plain) > 10 and any(not torch.equal(value, direct[name]) for name, value in plain.items())
+        assert [name for name, value in plain.items() if not torch.equal(value, of_base[name])] == []
+        assert [name for name, value in direct.items() if not torch.equal(value, of_instruct[name])] == []
+
+
 class Seen(Callback):
     """Writes down what a training takes: the batches of this rank and the learning rates; and what it ends with."""
 
