@@ -49,7 +49,9 @@ at 0.5, 1 and 1.5 (B2I and I2I), or 0.5 and 1.
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
 600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
-which both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows.
+which both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows. \
+With full tuning all weights are trained, but every arm, I2I too, is scored with the update of the linear layers \
+alone, which is all that a graft has by default (`graft.select: linear`).
 
 **Scores.** Losses are nats per supervised token on the reported rows, which nothing was chosen or fitted on (60 on \
 the embedded pair, 25 tool calls or 40 solutions on the real one). \
@@ -75,6 +77,10 @@ KL on each kind of question that the Instruct could answer before, of the update
 whose answers the Instruct ends in its own style, *format* ones, which ask for one, and *refusal* ones, about names \
 that it doesn't know. The training rows have old questions too. In the settings with bare answers these contradict \
 what *old* measures, so a model that learns them can't be near the Instruct there.
+"""
+_AT_EQUAL_RATES = """\
+Arms without and with the divergence from the Instruct on other rows, at each learning rate, with the first seed and \
+as they are (scale 1). In all other tables each arm has a rate of its own. Intervals are over rows alone.
 """
 _GAINS = """\
 How much lower the loss on the reported rows is than that of the same update (of B2I, or of I2I) at scale 1, and than \
@@ -279,6 +285,26 @@ def _by_kind(results: Path, settings: Sequence[Compared]) -> str:
     return markdown_table(("setting", "arm", "loss", *KINDS), lines) if lines else ""
 
 
+def _at_equal_rates(settings: Sequence[Compared]) -> str:
+    """Arms with and without a divergence term at each rate, with the first seed."""
+    lines = []
+    for setting in settings:
+        known = {(run.source, run.lr): run for run in setting.runs if run.seed == 0}
+        for source in (arm for arm in NAMES if f"{arm}_kl" in NAMES):
+            for lr in sorted(lr for arm, lr in known if arm == source and (f"{arm}_kl", lr) in known):
+                without, with_kl = known[source, lr], known[f"{source}_kl", lr]
+                both = [run.path[1.0]["report"] for run in (with_kl, without)]
+                lines.append(
+                    [
+                        setting.name, NAMES[source], f"{lr:g}", *(f"{per_token(one):.3f}" for one in reversed(both)),
+                        _text(advantage([(both[0], both[1])])),
+                        *(f"{run.divergence(1.0):.4f}" for run in (without, with_kl)),
+                    ]
+                )  # fmt: skip
+    headings = ("setting", "arm", "rate", "loss without", "loss with", "lower with it by", "KL without", "KL with")
+    return markdown_table(headings, lines) if lines else ""
+
+
 def _text(found: Interval | None) -> str:
     return interval_text(found) if found else NONE
 
@@ -328,6 +354,8 @@ def write_report(results: Path, home: Path, others: Path) -> None:
     ]
     if by_kind := _by_kind(results, settings):
         parts += ["## Divergence by kind of question", _BY_KIND, by_kind]
+    if at_equal_rates := _at_equal_rates(settings):
+        parts += ["## The divergence term at equal rates", _AT_EQUAL_RATES, at_equal_rates]
     for setting in settings:
         parts += [f"## {setting.name}", _scores(setting)]
     replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))

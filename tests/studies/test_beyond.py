@@ -156,6 +156,22 @@ def test_seeds_that_reach_the_divergence_are_no_selection(tmp_path):
     assert better_by(setting, "A0.5", "B") is None and better_by(setting, "A0.5", "B", as_it_is=True) is not None
 
 
+def test_arms_with_and_without_a_divergence_term_are_compared_at_equal_rates(tmp_path):
+    """Those that both have, and not the rates that each arm is compared at elsewhere."""
+    write_setting(tmp_path)
+    for source, losses, kls in (("I", (1.0, 0.8, 0.7), (0.2, 0.6, 0.9)), ("I_kl", (1.1, 0.9, 0.8), (0.1, 0.25, 0.4))):
+        add_arm(tmp_path, source, losses, kls, lr=5e-5)
+    add_arm(tmp_path, "I_kl", (0.1, 0.1, 0.1), (0.1, 0.2, 0.3), lr=1e-2)
+    write_report(tmp_path, tmp_path, tmp_path)
+    found = [
+        line for line in (tmp_path / "REPORT.md").read_text().splitlines() if line.startswith("| near/tools_lora |")
+    ]
+    assert (
+        "| near/tools_lora | I2I | 5e-05 | 0.800 | 0.900 | -0.100 (no interval: no spread) | 0.6000 | 0.2500 |" in found
+    )
+    assert not any("| 0.01 |" in line for line in found)
+
+
 def test_a_changed_update_has_the_rate_of_b2i(tmp_path):
     """Also where there are results at another rate, as B2I had it once."""
     write_setting(tmp_path)
