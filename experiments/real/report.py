@@ -39,7 +39,10 @@ Instructs are far less trained than a published one.
 GSM8K solutions (128 training rows of at most 400 characters) in 1 epoch; the same solutions behind the phrase "The \
 solution is as follows:". Its first word is the one that the near Instruct begins with most often: 30 of its greedy \
 answers to the first 64 training questions do, and none with the phrase; the most frequent first three words, "The \
-total number", begin 7. 8 rows per step, LoRA of rank 16 on all linear layers.
+total number", begin 7. 8 rows per step, LoRA of rank 16 on all linear layers. In full tuning all weights are trained, \
+but both arms are scored with the update of the linear layers alone, which is all that a graft has by default \
+(`graft.select: linear`). On the four rows that are validated during a training, the rest changed the loss of direct \
+tuning by 0.005 nats at most, at its chosen rate.
 
 The rows of a task are in one part only, but some resemble each other: a reported tool call may differ from a \
 trained one in a few words, or call the same tool.

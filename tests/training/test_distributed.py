@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -30,6 +31,7 @@ from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, DataError, ShadowlitError
+from shadowlit.grafting.scales import Keep
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training import checkpoints
 from shadowlit.training.anchors import Anchors
@@ -402,6 +404,27 @@ def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     )
     with pytest.raises(DataError, match=r"after 2 batches of an epoch.*global_batch_size 4 → 2\. Resume"):
         fit_rows(folders, kind, tmp_path, "auto", 1, folder, batch_size=2)
+
+
+def train_on_two_anchors_and_resume(folders, kind, out):
+    """With the divergence term, whose rows pass in an order of their own."""
+    strategy = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
+    saver = ModelCheckpoint(out / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    anchors = {"anchors": Anchors(0.5, kl=Keep(str(out / "neutral.jsonl"), 0.5))}
+    uninterrupted = fit_rows(folders, kind, out, strategy(), 2, callbacks=[GraftCallback(), saver], model=anchors)[0]
+    path = out / "saved/step=1.ckpt"
+    return uninterrupted, fit_rows(folders, kind, out, strategy(), 2, path, [GraftCallback()], model=anchors)[0]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_anchors_resume_on_two_processes(tmp_path, kind):
+    """In the middle of an epoch, bit for bit."""
+    folders = save_pair(tmp_path, "qwen3", distance=0.5)
+    write_rows(tmp_path)
+    (tmp_path / "neutral.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("q", "n"))
+    for uninterrupted, resumed in run_ranks(train_on_two_anchors_and_resume, 2, folders, kind, tmp_path):
+        assert len(uninterrupted.rates) == 4
+        require_rest(resumed, uninterrupted, 1)
 
 
 def samples(batch):
