@@ -62,8 +62,9 @@ choosing). Every arm is scaled until it first diverges so far, and scored there;
 An arm of which a seed doesn't diverge so far at 4 times its update is not compared. Arms that are trained have the \
 rate whose loss at equal KL is the lowest on the rows for choosing (of three; on the real pair, anchors have those of \
 B2I and I2I to choose from), and a changed update that of the arm that it is from. \
-For the choice of rates, and where an arm is marked with \\*, losses are interpolated between the scales that were \
-scored, linearly in the square root of the divergence: a little too high where they are convex. \
+For the choice of rates (unless an arm was measured at equal KL at all of its rates), and where an arm is marked with \
+\\*, losses are interpolated between the scales that were scored, linearly in the square root of the divergence: a \
+little too high where they are convex. \
 Below, each setting has both: loss and divergence of the updates as they are (scale 1), and the loss at equal KL. \
 Values are means ± standard errors over seeds; intervals are of 95 %, by a bootstrap over rows, widened by the spread \
 between seeds, and not corrected for their number.
@@ -116,11 +117,16 @@ class Compared(Setting):
             files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
             self.runs += [read_run(file, self.instruct) for file in files]
         self._results = results
+        self._measured: dict[Path, AtLevel | None] = {}
 
     def measured(self, run: Run) -> AtLevel | None:
         """What was measured of a run at equal KL; None if nothing was, or at another divergence."""
-        found = read_level(file_of(self._results, self.name, run), run)
-        return found if found and math.isclose(found.kl, level(self), rel_tol=1e-6) else None
+        file = file_of(self._results, self.name, run)
+        if file not in self._measured:
+            found = read_level(file, run)
+            at_level = found and math.isclose(found.kl, level(self), rel_tol=1e-6)
+            self._measured[file] = found if at_level else None
+        return self._measured[file]
 
     def at_level(self, run: Run, name: str = "report") -> Rows | None:
         """Scores of a set at equal KL, measured or else interpolated; None if the update doesn't diverge so far."""
@@ -137,19 +143,21 @@ def level(setting: Setting) -> float:
     return min(run.divergence(1.0) for run in both)
 
 
-def rates_at_level(setting: Setting) -> dict[str, float]:
+def rates_at_level(setting: Compared) -> dict[str, float]:
     """The rate of each arm whose loss at the level is the lowest on the rows for choosing, with the first seed.
 
-    An arm that never diverges so far has the rate with the lowest loss there at scale 1.
+    It is measured if it has been at all rates of the arm, and else interpolated at all of them. An arm that never
+    diverges so far has the rate with the lowest loss there at scale 1.
     """
+    firsts = [run for run in setting.runs if run.seed == 0]
+    partly = {run.source for run in firsts if setting.measured(run) is None}
     best: dict[str, tuple[bool, float, float]] = {}
     kl = level(setting)
-    for run in setting.runs:
-        if run.seed == 0:
-            there = run.at_divergence(kl, "choice")
-            loss = per_token(run.path[1.0]["choice"] if there is None else there)
-            found = (there is None, loss, run.lr)
-            best[run.source] = min(best.get(run.source, found), found)
+    for run in firsts:
+        there = run.at_divergence(kl, "choice") if run.source in partly else setting.at_level(run, "choice")
+        loss = per_token(run.path[1.0]["choice"] if there is None else there)
+        found = (there is None, loss, run.lr)
+        best[run.source] = min(best.get(run.source, found), found)
     return {source: lr for source, (_, _, lr) in best.items()}
 
 

@@ -105,6 +105,21 @@ def test_what_is_measured_at_the_level_counts_before_what_lies_between_scales(tm
     assert "| not reached |" in (tmp_path / "REPORT.md").read_text()
 
 
+def test_a_rate_is_chosen_by_measured_losses_if_all_rates_were_measured(tmp_path):
+    """One of two rates diverges too little at the scales that were scored, and is the better one a little farther."""
+    write_setting(tmp_path)
+    add_arm(tmp_path, "A0.5", (0.5, 0.5, 0.5), (0.05, 0.1, 0.19), choice=0.5, recipe="now")
+    add_arm(tmp_path, "A0.5", (0.9, 0.9, 0.9), (0.1, 0.3, 0.5), choice=0.9, recipe="now", lr=1e-3)
+    folder = tmp_path / "near/tools_lora/level"
+    folder.mkdir()
+    for lr, choice, expected in ((1e-3, 0.8, 1e-3), (1e-4, 0.5, 1e-4)):
+        assert rates_at_level(Compared(tmp_path, tmp_path, "near", "tools", "lora"))["A0.5"] == 1e-3
+        measured = {"choice": scores([choice], 0.2), "report": scores([0.7, 0.7], 0.2)}
+        file = folder / f"A0.5_lr{lr:g}_seed0.json"
+        file.write_text(json.dumps({"made": ["now", None], "kl": 0.2, "scale": 1.2, "scores": measured}))
+        assert rates_at_level(Compared(tmp_path, tmp_path, "near", "tools", "lora"))["A0.5"] == expected
+
+
 def test_an_update_is_scored_where_it_diverges_as_asked(tmp_path, monkeypatch):
     """On the embedded pair, with an update of noise: the divergence there is the one asked for to half a per cent."""
     study = Embedded(tmp_path)
