@@ -49,7 +49,8 @@ at 0.5, 1 and 1.5 (B2I and I2I), or 0.5 and 1.
 
 **Settings.** *embedded* is the embedded pair (0.9M parameters, a synthetic world), which learns a new skill from \
 600 rows in 8 epochs, in bare answers or in the Instruct's own style; *loss* is that of the answer's value, with \
-which both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows. \
+which both styles begin. *near* is the real pair of [the study on a real model](../real/REPORT.md), with its rows; \
+its results come from several kinds of CPU, whose Instructs differ in their last digits. \
 In full tuning all weights are trained, but every arm, I2I too, is scored with the update of the linear layers alone, \
 which is all that a graft has by default (`graft.select: linear`). On the eight rows that are validated during a \
 training, the rest changed the loss of I2I by 0.014 nats at most.
