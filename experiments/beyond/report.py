@@ -302,13 +302,13 @@ def _at_equal_rates(settings: Sequence[Compared]) -> str:
         known = {(run.source, run.lr): run for run in setting.runs if run.seed == 0}
         for source in (arm for arm in NAMES if f"{arm}_kl" in NAMES):
             for lr in sorted(lr for arm, lr in known if arm == source and (f"{arm}_kl", lr) in known):
-                without, with_kl = known[source, lr], known[f"{source}_kl", lr]
-                both = [run.path[1.0]["report"] for run in (with_kl, without)]
+                both = known[source, lr], known[f"{source}_kl", lr]
+                without, with_kl = (run.path[1.0]["report"] for run in both)
                 lines.append(
                     [
-                        setting.name, NAMES[source], f"{lr:g}", *(f"{per_token(one):.3f}" for one in reversed(both)),
-                        _text(advantage([(both[0], both[1])])),
-                        *(f"{run.divergence(1.0):.4f}" for run in (without, with_kl)),
+                        setting.name, NAMES[source], f"{lr:g}",
+                        f"{per_token(without):.3f}", f"{per_token(with_kl):.3f}",
+                        _text(advantage([(with_kl, without)])), *(f"{run.divergence(1.0):.4f}" for run in both),
                     ]
                 )  # fmt: skip
     headings = ("setting", "arm", "rate", "loss without", "loss with", "lower with it by", "KL without", "KL with")
